@@ -1,0 +1,1 @@
+"""Orchestration: checkpoint, recipe, plan, calibration and the order of work."""

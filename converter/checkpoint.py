@@ -1,0 +1,190 @@
+"""A checkpoint folder: its geometry, its tensors read one at a time, and the files beside them."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from lfmq.converter.config import parse_geometry, read_config
+from lfmq.converter.safetensors_file import DTYPES, StoredTensor, read_header, read_tensor
+from lfmq.converter.tensors import Tensor, expected_tensors
+from lfmq.formats.build import Assets
+from lfmq.quant.errors import CheckpointError
+from lfmq.quant.types import Geometry
+
+_INDEX = "model.safetensors.index.json"
+_SIDE_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "README.md",
+    "LICENSE",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """An opened checkpoint; no weight is read until :meth:`read`."""
+
+    folder: Path
+    geometry: Geometry
+    assets: Assets
+    stored: dict[str, StoredTensor]
+
+    @property
+    def weight_files(self) -> tuple[Path, ...]:
+        """The safetensors files, by name."""
+        return tuple(sorted({t.path for t in self.stored.values()}))
+
+    def read(self, name: str) -> NDArray[np.float32]:
+        """A tensor as float32, which holds bfloat16 and float16 exactly.
+
+        Raises:
+            CheckpointError: the file cannot be read or changed meanwhile.
+        """
+        values = read_tensor(self.stored[name])
+        if values.dtype == ml_dtypes.bfloat16:
+            wide = values.view(np.uint16).astype(np.uint32)
+            wide <<= 16
+            return wide.view(np.float32)
+        return values.astype(np.float32, copy=False)
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Open a folder with ``config.json`` and safetensors and check every tensor's shape.
+
+    Raises:
+        CheckpointError: what is missing, damaged, unexpected or of the wrong shape.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder")
+    config = read_config(folder)
+    geometry = parse_geometry(config, folder / "config.json")
+    stored: dict[str, StoredTensor] = {}
+    for path in _weight_files(folder):
+        for name, tensor in read_header(path).items():
+            if name in stored:
+                raise CheckpointError(f"{path}: {name} is also in {stored[name].path.name}")
+            stored[name] = tensor
+    _check_index(folder, stored)
+    stored.pop("lm_head.weight", None) if _is_tied_copy(stored) else None
+    _check_tensors(folder, stored, expected_tensors(geometry))
+    return Checkpoint(folder, geometry, _read_assets(folder, config), stored)
+
+
+def _is_tied_copy(stored: dict[str, StoredTensor]) -> bool:
+    """Some tools store the tied head a second time; equal bytes make it redundant."""
+    head, embedding = stored.get("lm_head.weight"), stored.get("model.embed_tokens.weight")
+    if head is None or embedding is None or head.shape != embedding.shape:
+        return False
+    if head.dtype != embedding.dtype or head.dtype not in DTYPES:
+        return False
+    return bool(np.array_equal(read_tensor(head), read_tensor(embedding)))
+
+
+def _weight_files(folder: Path) -> tuple[Path, ...]:
+    index = folder / _INDEX
+    single = folder / "model.safetensors"
+    if index.is_file():
+        return tuple(_shard(folder, name) for name in sorted(set(_weight_map(index).values())))
+    if single.is_file():
+        return (single,)
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+    if pickles:
+        raise CheckpointError(
+            f"{folder / pickles[0]}: a pickle file, which is never opened (it can run code); "
+            "convert the checkpoint to safetensors first"
+        )
+    raise CheckpointError(f"{folder}: neither model.safetensors nor {_INDEX} found")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{index}: not a valid safetensors index ({error})") from error
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: weight_map is empty or not an object")
+    return {str(k): str(v) for k, v in weight_map.items()}
+
+
+def _shard(folder: Path, name: str) -> Path:
+    if Path(name).name != name or name in (".", "..") or not name.endswith(".safetensors"):
+        raise CheckpointError(
+            f"{folder / _INDEX}: names the file {name!r}; only safetensors files inside the "
+            "checkpoint folder are read"
+        )
+    path = folder / name
+    if not path.is_file():
+        raise CheckpointError(f"{path}: named by {_INDEX} but not found; fetch it")
+    return path
+
+
+def _check_index(folder: Path, stored: dict[str, StoredTensor]) -> None:
+    index = folder / _INDEX
+    if not index.is_file():
+        return
+    for name, file in _weight_map(index).items():
+        if name not in stored or stored[name].path.name != file:
+            raise CheckpointError(f"{folder / file}: {name} is not there, though {_INDEX} says so")
+
+
+def _check_tensors(
+    folder: Path, stored: dict[str, StoredTensor], expected: Iterable[Tensor]
+) -> None:
+    wanted = {t.name: t for t in expected}
+    missing = [name for name in wanted if name not in stored]
+    if missing:
+        raise CheckpointError(
+            f"{folder}: tensor {missing[0]} is missing"
+            + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else "")
+        )
+    extra = sorted(name for name in stored if name not in wanted)
+    if extra:
+        raise CheckpointError(
+            f"{stored[extra[0]].path}: unexpected tensor {extra[0]}"
+            + (f" (and {len(extra) - 1} more)" if len(extra) > 1 else "")
+            + "; the config describes another model"
+        )
+    for name, tensor in wanted.items():
+        found = stored[name]
+        if found.shape != tensor.shape:
+            raise CheckpointError(
+                f"{found.path}: {name} has shape {list(found.shape)}, the config expects "
+                f"{list(tensor.shape)}"
+            )
+        if found.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{found.path}: {name} has dtype {found.dtype}, expected BF16, F16 or F32"
+            )
+
+
+def _read_assets(folder: Path, config: dict[str, Any]) -> Assets:
+    files = {}
+    for name in _SIDE_FILES:
+        path = folder / name
+        if path.is_file():
+            try:
+                files[name] = path.read_bytes()
+            except OSError as error:
+                raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        _check_json(folder / name, files.get(name))
+    return Assets(folder.resolve().name, config, files, folder)
+
+
+def _check_json(path: Path, content: bytes | None) -> None:
+    if content is None:
+        return
+    try:
+        json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error})") from error

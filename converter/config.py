@@ -1,0 +1,141 @@
+"""From a checkpoint's ``config.json`` to a :class:`Geometry`, strict about what it needs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lfmq.quant.errors import CheckpointError
+from lfmq.quant.types import Geometry
+
+_POSITIVE = (
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_hidden_layers",
+    "num_experts",
+    "num_experts_per_tok",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "max_position_embeddings",
+    "conv_L_cache",
+)
+_LARGEST = 2**31 - 1
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The parsed ``config.json`` of a checkpoint folder.
+
+    Raises:
+        CheckpointError: missing, not JSON, or of another model type.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: not found; {folder} is not a checkpoint folder") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: expected a JSON object")
+    if config.get("model_type") != "lfm2_moe":
+        raise CheckpointError(
+            f"{path}: model_type is {config.get('model_type')!r}, expected 'lfm2_moe'; "
+            "only LFM2 mixture-of-experts checkpoints are supported"
+        )
+    return config
+
+
+def parse_geometry(config: dict[str, Any], source: Path) -> Geometry:
+    """The model's facts; ``source`` is named in errors.
+
+    Raises:
+        CheckpointError: a key is missing, of the wrong type, or contradicts another.
+    """
+    number = {key: _integer(config, key, source, least=1) for key in _POSITIVE}
+    dense = _integer(config, "num_dense_layers", source, least=0)
+    types = _layer_types(config, number["num_hidden_layers"], source)
+    head_dim = config.get("head_dim") or number["hidden_size"] // number["num_attention_heads"]
+    geometry = Geometry(
+        **number,
+        num_dense_layers=dense,
+        head_dim=int(head_dim),
+        norm_eps=_real(config.get("norm_eps"), "norm_eps", source),
+        rope_theta=_rope_theta(config, source),
+        layer_types=types,
+        norm_topk_prob=bool(config.get("norm_topk_prob", True)),
+        use_expert_bias=bool(config.get("use_expert_bias", True)),
+        routed_scaling_factor=float(config.get("routed_scaling_factor", 1.0)),
+        bos_token_id=_token(config, "bos_token_id"),
+        eos_token_id=_token(config, "eos_token_id"),
+        pad_token_id=_token(config, "pad_token_id"),
+    )
+    _check_consistent(config, geometry, source)
+    return geometry
+
+
+def _check_consistent(config: dict[str, Any], g: Geometry, source: Path) -> None:
+    tied = config.get("tie_word_embeddings", config.get("tie_embedding", True))
+    problems = (
+        (not tied, "tie_word_embeddings is false, lfm2_moe checkpoints tie the head"),
+        (bool(config.get("conv_bias")), "conv_bias is true, which is not supported"),
+        (
+            g.num_experts_per_tok > g.num_experts,
+            f"num_experts_per_tok {g.num_experts_per_tok} exceeds num_experts {g.num_experts}",
+        ),
+        (
+            g.num_attention_heads % g.num_key_value_heads != 0,
+            f"num_attention_heads {g.num_attention_heads} is no multiple of "
+            f"num_key_value_heads {g.num_key_value_heads}",
+        ),
+        (g.num_dense_layers > g.num_hidden_layers, "num_dense_layers exceeds num_hidden_layers"),
+        (g.head_dim % 2 != 0, f"head_dim {g.head_dim} is odd, rotary embedding needs pairs"),
+    )
+    for wrong, message in problems:
+        if wrong:
+            raise CheckpointError(f"{source}: {message}")
+
+
+def _integer(config: dict[str, Any], key: str, source: Path, least: int) -> int:
+    value = config.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= _LARGEST:
+        raise CheckpointError(f"{source}: {key} is {value!r}, expected an integer >= {least}")
+    return value
+
+
+def _real(value: Any, key: str, source: Path) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e30:
+        raise CheckpointError(f"{source}: {key} is {value!r}, expected a positive number")
+    return float(value)
+
+
+def _token(config: dict[str, Any], key: str) -> int | None:
+    value = config.get(key)
+    if isinstance(value, list):  # some configs list several end tokens; the first ends a turn
+        value = value[0] if value else None
+    return value if isinstance(value, int) else None
+
+
+def _rope_theta(config: dict[str, Any], source: Path) -> float:
+    """Flat ``rope_theta`` or nested ``rope_parameters``; never a default (see model facts)."""
+    nested = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = nested.get("rope_type", "default")
+    if kind != "default":
+        raise CheckpointError(f"{source}: rope_type is {kind!r}, only 'default' is supported")
+    value = nested.get("rope_theta", config.get("rope_theta"))
+    return _real(value, "rope_theta", source)
+
+
+def _layer_types(config: dict[str, Any], layers: int, source: Path) -> tuple[Any, ...]:
+    types = config.get("layer_types")
+    if types is None and isinstance(config.get("full_attn_idxs"), list):
+        attention = set(config["full_attn_idxs"])
+        types = ["full_attention" if i in attention else "conv" for i in range(layers)]
+    if not isinstance(types, list) or len(types) != layers:
+        raise CheckpointError(f"{source}: layer_types must list one type for each of {layers}")
+    for i, kind in enumerate(types):
+        if kind not in ("conv", "full_attention"):
+            raise CheckpointError(f"{source}: layer_types[{i}] is {kind!r}, not conv or attention")
+    return tuple(types)

@@ -1,0 +1,96 @@
+"""From a recipe and a geometry to the plan: each tensor's storage, and what a build will weigh."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from lfmq.converter.recipe import Recipe
+from lfmq.converter.tensors import Tensor, expected_tensors
+from lfmq.formats.build import BuildLayout
+from lfmq.quant.errors import PlanError, RecipeError
+from lfmq.quant.types import FLOAT_ROLES, Entry, Geometry, Plan, Role, Scheme, Storage
+
+
+def resolve_plan(geometry: Geometry, recipe: Recipe) -> Plan:
+    """Give every tensor its storage.
+
+    Raises:
+        RecipeError: a rule matches nothing, or a tensor is matched by no rule.
+        PlanError: a row does not divide into the groups asked for.
+    """
+    tensors = expected_tensors(geometry)
+    quantizable = [t for t in tensors if t.role not in FLOAT_ROLES]
+    for number, rule in enumerate(recipe.rules, 1):
+        if not any(rule.matches(t) for t in quantizable):
+            raise RecipeError(f"recipe {recipe.name}: rule {number} matches no tensor")
+    entries = (_entry(t, _storage(t, recipe)) for t in tensors)
+    return Plan(geometry, tuple(entries), recipe.name)
+
+
+def _storage(tensor: Tensor, recipe: Recipe) -> Storage:
+    if tensor.role in FLOAT_ROLES:
+        return "float32"
+    for rule in reversed(recipe.rules):
+        if rule.matches(tensor):
+            return rule.storage
+    raise RecipeError(f"recipe {recipe.name}: no rule speaks of {tensor.name} ({tensor.role})")
+
+
+def _entry(t: Tensor, storage: Storage) -> Entry:
+    if isinstance(storage, Scheme) and t.shape[-1] % storage.group:
+        raise PlanError(
+            f"{t.name}: rows of {t.shape[-1]} weights do not divide into groups of "
+            f"{storage.group}; use a smaller group or a float type"
+        )
+    return Entry(t.name, t.shape, t.role, t.layer, t.expert, storage)
+
+
+@dataclass(frozen=True, slots=True)
+class RoleSummary:
+    """One line of the plan's table: a role and storage, how many tensors and weights have it."""
+
+    role: Role
+    storage: Storage
+    tensors: int
+    weights: int
+
+
+def summarize(plan: Plan) -> tuple[RoleSummary, ...]:
+    """The plan by role and storage, in the order of :class:`Role`."""
+    groups: dict[tuple[Role, Storage], list[Entry]] = {}
+    for entry in plan.entries:
+        groups.setdefault((entry.role, entry.storage), []).append(entry)
+    order = list(Role)
+    keys = sorted(groups, key=lambda k: (order.index(k[0]), str(k[1])))
+    return tuple(
+        RoleSummary(role, storage, len(found), sum(e.size for e in found))
+        for role, storage in keys
+        for found in (groups[role, storage],)
+    )
+
+
+def bits_per_weight(plan: Plan, nbytes: int) -> float:
+    """File bytes in bits over the model's weights."""
+    return 8 * nbytes / sum(e.size for e in plan.entries)
+
+
+def token_bytes(plan: Plan, layout: BuildLayout) -> int:
+    """Bytes of weights read for one decoded token, which bound the speed of decoding.
+
+    Of an expert's bytes the share ``num_experts_per_tok / num_experts`` counts, all others once
+    (the embedding as the tied head).
+    """
+    experts = {e.name for e in plan.entries if e.expert is not None}
+    always, routed = 0, 0
+    for piece in _pieces(layout):
+        if piece[1] in experts:
+            routed += piece[0]
+        else:
+            always += piece[0]
+    g = plan.geometry
+    return always + routed * g.num_experts_per_tok // g.num_experts
+
+
+def _pieces(layout: BuildLayout) -> Iterable[tuple[int, str]]:
+    for file in layout.files:
+        for piece in file.pieces:
+            yield piece.nbytes, piece.sources[0]

@@ -1,0 +1,173 @@
+"""Recipes: which width each tensor gets, by role, layer, name and expert, from a TOML file."""
+
+import fnmatch
+import tomllib
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, get_args
+
+from lfmq.converter.tensors import Tensor
+from lfmq.quant.errors import RecipeError
+from lfmq.quant.types import (
+    EXPERT_ROLES,
+    FLOAT_ROLES,
+    SHARED_ROLES,
+    FloatType,
+    Grid,
+    Role,
+    Scheme,
+    Storage,
+)
+
+DEFAULT_RECIPE = "int4"
+_BITS = (4, 8)
+_GROUPS = (32, 64, 128)
+_ROLE_SETS = {"experts": EXPERT_ROLES, "shared": SHARED_ROLES}
+_KEYS = {"roles", "layers", "names", "experts", "bits", "group", "grid", "float"}
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Tensors to match (an empty condition matches all) and the storage they get."""
+
+    storage: Storage
+    roles: frozenset[Role]
+    layers: frozenset[int] = frozenset()
+    names: tuple[str, ...] = ()
+    experts: frozenset[int] = frozenset()
+
+    def matches(self, tensor: Tensor) -> bool:
+        """Whether the rule speaks of this tensor."""
+        return (
+            tensor.role in self.roles
+            and (not self.layers or tensor.layer in self.layers)
+            and (not self.experts or tensor.expert in self.experts)
+            and (not self.names or any(fnmatch.fnmatchcase(tensor.name, n) for n in self.names))
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Named rules; the last rule that matches a tensor decides."""
+
+    name: str
+    rules: tuple[Rule, ...]
+    text: str
+
+
+def builtin_recipes() -> tuple[str, ...]:
+    """Names of the recipes that come with the package."""
+    folder = files("lfmq.converter").joinpath("recipes")
+    return tuple(sorted(p.name.removesuffix(".toml") for p in folder.iterdir()))
+
+
+def load_recipe(name_or_path: str) -> Recipe:
+    """A built-in recipe by name, or a TOML file.
+
+    Raises:
+        RecipeError: no such recipe, not TOML, an unknown key or an illegal value.
+    """
+    if name_or_path in builtin_recipes():
+        source = files("lfmq.converter").joinpath("recipes", f"{name_or_path}.toml")
+        return parse_recipe(source.read_text("utf-8"), name_or_path, name_or_path)
+    path = Path(name_or_path)
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        known = ", ".join(builtin_recipes())
+        raise RecipeError(
+            f"{name_or_path}: neither a built-in recipe ({known}) nor a readable TOML file"
+        ) from error
+    return parse_recipe(text, path.stem, str(path))
+
+
+def parse_recipe(text: str, name: str, source: str) -> Recipe:
+    """A recipe from TOML text; ``source`` is named in errors."""
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{source}: not valid TOML ({error})") from error
+    unknown = sorted(set(document) - {"description", "rule"})
+    if unknown:
+        raise RecipeError(f"{source}: unknown key {unknown[0]!r}; known: description, rule")
+    rules = document.get("rule")
+    if not isinstance(rules, list) or not rules:
+        raise RecipeError(f"{source}: no [[rule]] found")
+    parsed = tuple(_rule(r, f"{source}: rule {i}") for i, r in enumerate(rules, 1))
+    return Recipe(name, parsed, text)
+
+
+def _rule(table: Any, where: str) -> Rule:
+    if not isinstance(table, dict):
+        raise RecipeError(f"{where}: expected a table")
+    unknown = sorted(set(table) - _KEYS)
+    if unknown:
+        raise RecipeError(f"{where}: unknown key {unknown[0]!r}; known: {', '.join(sorted(_KEYS))}")
+    return Rule(
+        _storage(table, where),
+        _roles(table.get("roles", ["experts", "shared"]), where),
+        _numbers(table.get("layers"), "layers", where),
+        tuple(_list(table.get("names", []), str, "names", where)),
+        _numbers(table.get("experts"), "experts", where),
+    )
+
+
+def _storage(table: dict[str, Any], where: str) -> Storage:
+    if "float" in table:
+        if {"bits", "group", "grid"} & set(table):
+            raise RecipeError(f"{where}: float excludes bits, group and grid")
+        if table["float"] not in get_args(FloatType):
+            known = ", ".join(get_args(FloatType))
+            raise RecipeError(f"{where}: float is {table['float']!r}, expected one of {known}")
+        value: FloatType = table["float"]
+        return value
+    bits, group = table.get("bits"), table.get("group", 32)
+    grid = table.get("grid", "symmetric")
+    for key, value_, legal in (
+        ("bits", bits, _BITS),
+        ("group", group, _GROUPS),
+        ("grid", grid, get_args(Grid)),
+    ):
+        if value_ not in legal or isinstance(value_, bool):
+            raise RecipeError(f"{where}: {key} is {value_!r}, expected one of {list(legal)}")
+    return Scheme(bits, group, grid)
+
+
+def _roles(names: Any, where: str) -> frozenset[Role]:
+    roles: set[Role] = set()
+    for name in _list(names, str, "roles", where):
+        if name in _ROLE_SETS:
+            roles.update(_ROLE_SETS[name])
+        elif name in tuple(FLOAT_ROLES):
+            raise RecipeError(f"{where}: role {name!r} is float in every build; leave it out")
+        elif name in tuple(Role):
+            roles.add(Role(name))
+        else:
+            known = ", ".join([*_ROLE_SETS, *EXPERT_ROLES, *SHARED_ROLES])
+            raise RecipeError(f"{where}: unknown role {name!r}; known: {known}")
+    return frozenset(roles)
+
+
+def _list(value: Any, kind: type, key: str, where: str) -> list[Any]:
+    items = value if isinstance(value, list) else [value]
+    if not all(isinstance(i, kind) and not isinstance(i, bool) for i in items):
+        raise RecipeError(f"{where}: {key} is {value!r}, expected a list of {kind.__name__}")
+    return items
+
+
+def _numbers(value: Any, key: str, where: str) -> frozenset[int]:
+    """Integers, or ranges written ``"2-5"`` with both ends included."""
+    if value is None:
+        return frozenset()
+    numbers: set[int] = set()
+    for item in value if isinstance(value, list) else [value]:
+        first, _, last = str(item).partition("-")
+        try:
+            found = range(int(first), int(last or first) + 1)
+        except ValueError:
+            found = range(0)
+        if not found or isinstance(item, bool):
+            raise RecipeError(f"{where}: {key} has {item!r}, expected a number or a range '2-5'")
+        numbers.update(found)
+    return frozenset(numbers)

@@ -1,0 +1,126 @@
+"""Reads safetensors headers and tensors by offset, trusting nothing the header says.
+
+Layout: 8 bytes little-endian header length, a JSON header, then the tensors' bytes without gaps
+(https://github.com/huggingface/safetensors#format). Tensors are read with positioned reads, not
+through a mapping: a file that shrinks while it is read is then an error and not a dead process.
+"""
+
+import json
+import math
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from lfmq.quant.errors import CheckpointError
+
+# The format's own limit on a header; a length beyond it is damage or an attack.
+MAX_HEADER_BYTES = 100_000_000
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+    "F32": np.dtype(np.float32),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where a tensor's bytes are: file, dtype (safetensors' name), shape, offset and length."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one file.
+
+    Raises:
+        CheckpointError: unreadable, truncated, overlong, or a header that contradicts the file.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            start = file.read(8)
+            if len(start) < 8:
+                raise CheckpointError(f"{path}: {size} bytes, too short for a safetensors file")
+            (length,) = struct.unpack("<Q", start)
+            if length > min(MAX_HEADER_BYTES, size - 8):
+                raise CheckpointError(
+                    f"{path}: the header claims {length:,} bytes, the file has {size:,}; "
+                    "it is damaged or not safetensors, fetch it again"
+                )
+            text = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    try:
+        header = json.loads(text)
+        tensors = {
+            name: _tensor(path, name, fields, 8 + length)
+            for name, fields in header.items()
+            if name != "__metadata__"
+        }
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: the safetensors header is not valid ({error}); fetch the file again"
+        ) from error
+    _check_coverage(path, tensors, 8 + length, size)
+    return tensors
+
+
+def _tensor(path: Path, name: str, fields: dict[str, Any], base: int) -> StoredTensor:
+    begin, end = (int(v) for v in fields["data_offsets"])
+    shape = tuple(int(v) for v in fields["shape"])
+    dtype = str(fields["dtype"])
+    if dtype in DTYPES and end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
+        raise ValueError(f"{name} has {end - begin} bytes for {dtype} {list(shape)}")
+    if begin < 0 or end < begin or any(n < 0 for n in shape):
+        raise ValueError(f"{name} has offsets {begin} to {end} and shape {list(shape)}")
+    return StoredTensor(path, dtype, shape, base + begin, end - begin)
+
+
+def _check_coverage(path: Path, tensors: dict[str, StoredTensor], start: int, size: int) -> None:
+    """Tensors must cover the file without gap or overlap, as the format demands."""
+    at = start
+    for name, t in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if t.offset != at:
+            raise CheckpointError(f"{path}: {name} starts at {t.offset}, expected {at}")
+        at += t.nbytes
+    if at != size:
+        kind = "truncated" if at > size else "overlong"
+        raise CheckpointError(
+            f"{path}: {kind}, the header describes {at:,} bytes and the file has {size:,}; "
+            "fetch it again"
+        )
+
+
+def read_tensor(tensor: StoredTensor) -> NDArray[Any]:
+    """The tensor's values in its own dtype (bfloat16 through ml_dtypes).
+
+    Raises:
+        CheckpointError: the file changed since its header was read, or cannot be read.
+    """
+    content = np.empty(tensor.nbytes, np.uint8)
+    view = memoryview(content)
+    try:
+        descriptor = os.open(tensor.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            done = 0
+            while done < tensor.nbytes:
+                n = os.preadv(descriptor, [view[done:]], tensor.offset + done)
+                if n == 0:
+                    raise CheckpointError(f"{tensor.path}: became shorter while it was read")
+                done += n
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise CheckpointError(f"{tensor.path}: cannot be read ({error.strerror})") from error
+    return content.view(DTYPES[tensor.dtype]).reshape(tensor.shape)

@@ -1,0 +1,126 @@
+"""What every container has in common: a byte layout known from the plan, filled in piece by piece.
+
+A format turns a plan into a :class:`BuildLayout`: files with their headers and, for each piece of
+a file, where it goes, which tensors it is made of and the pure function that packs them. One
+writer (``lfmq.formats.writer``) fills in any layout, in any order; no format opens a file to write.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lfmq.quant.types import Geometry, Plan, Weight
+
+Bytes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class Assets:
+    """What travels beside the weights, as found in the checkpoint folder.
+
+    Attributes:
+        name: the checkpoint's name, which builds are named after.
+        config: the parsed ``config.json``.
+        files: tokenizer and template files by name, byte for byte (``tokenizer.json``, ...).
+        folder: the checkpoint folder, for libraries that read tokenizers from one.
+    """
+
+    name: str
+    config: dict[str, Any]
+    files: dict[str, bytes]
+    folder: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A run of bytes in a file.
+
+    Attributes:
+        offset: where it starts in the file, bytes.
+        nbytes: its length, bytes.
+        sources: checkpoint names of the tensors it holds; all belong to one unit of the plan.
+        pack: takes the weights in the order of ``sources``, returns contiguous bytes.
+    """
+
+    offset: int
+    nbytes: int
+    sources: tuple[str, ...]
+    pack: Callable[..., Bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class FileLayout:
+    """One file of a build.
+
+    Attributes:
+        path: relative to the build's folder; empty when the build is a single file.
+        size: length of the finished file, bytes.
+        constants: bytes that do not depend on a weight, by offset (the header among them).
+        pieces: what the weights fill in. Bytes neither covers stay zero.
+    """
+
+    path: str
+    size: int
+    constants: tuple[tuple[int, bytes], ...] = ()
+    pieces: tuple[Piece, ...] = field(default=())
+
+
+@dataclass(frozen=True, slots=True)
+class BuildLayout:
+    """All files of one build; ``single_file`` builds have one file and no folder."""
+
+    format: str
+    files: tuple[FileLayout, ...]
+    single_file: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all files together, bytes."""
+        return sum(file.size for file in self.files)
+
+
+def text_file(path: str, content: bytes) -> FileLayout:
+    """A small file whose bytes are known from the plan."""
+    return FileLayout(path, len(content), ((0, content),))
+
+
+class Format(Protocol):
+    """What a module of ``lfmq.formats`` offers for its container.
+
+    ``NAME`` is the word of ``--to``; a build is called after its stem and ``SUFFIX``.
+    """
+
+    NAME: str
+    SUFFIX: str
+
+    def check(self, plan: Plan, assets: Assets) -> None:
+        """Raise UnsupportedError when the container cannot hold the plan."""
+
+    def layout(self, plan: Plan, assets: Assets) -> BuildLayout:
+        """Every file, header and offset of the build."""
+
+    def open_reader(self, path: Path) -> "Reader":
+        """Open a finished build for reading."""
+
+
+class Reader(Protocol):
+    """A finished build, opened to read its weights back under their checkpoint names."""
+
+    @property
+    def geometry(self) -> Geometry:
+        """The model's facts as the build's own metadata states them."""
+
+    def read(self, name: str) -> NDArray[np.float32]:
+        """The dequantized tensor, float32, in the checkpoint's shape."""
+
+
+def as_bytes(array: NDArray[Any]) -> Bytes:
+    """The array's memory as a flat row of bytes."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+PackOne = Callable[[Weight], Bytes]

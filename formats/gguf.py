@@ -1,0 +1,208 @@
+"""GGUF for llama.cpp, architecture ``lfm2moe``.
+
+Block layouts follow ``ggml/src/ggml-common.h`` (block_q4_0, block_q8_0), names and metadata what
+llama.cpp's loader for ``lfm2moe`` requires; docs/gguf.md lists both.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from gguf import MODEL_ARCH, GGMLQuantizationType, get_tensor_name_map
+from gguf.quants import quant_shape_to_byte_shape
+from numpy.typing import NDArray
+
+from lfmq.formats.build import Assets, BuildLayout, Bytes, FileLayout, Piece, as_bytes
+from lfmq.formats.gguf_metadata import TensorHeader, header_bytes, tokenizer_vocabulary
+from lfmq.formats.gguf_names import split_expert, tensor_name
+from lfmq.formats.gguf_reader import open_reader as open_reader
+from lfmq.quant.errors import UnsupportedError
+from lfmq.quant.types import Entry, Plan, Quantized, Role, Scheme, Storage
+
+NAME = "gguf"
+SUFFIX = ".gguf"
+ALIGNMENT = 32
+BLOCK = 32
+
+_FLOAT_TYPES = {
+    "float32": GGMLQuantizationType.F32,
+    "float16": GGMLQuantizationType.F16,
+    "bfloat16": GGMLQuantizationType.BF16,
+}
+_QUANT_TYPES = {4: GGMLQuantizationType.Q4_0, 8: GGMLQuantizationType.Q8_0}
+
+
+@dataclass(frozen=True, slots=True)
+class _Stack:
+    """One tensor of the file: its entries (an expert stack has one an expert) and type."""
+
+    name: str
+    entries: tuple[Entry, ...]
+    type: GGMLQuantizationType
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = self.entries[0].shape
+        if self.entries[0].role is Role.CONV_KERNEL:  # [H, 1, L] is stored as [H, L]
+            shape = (shape[0], shape[2])
+        return (len(self.entries), *shape) if self.entries[0].expert is not None else shape
+
+    @property
+    def byte_shape(self) -> tuple[int, ...]:
+        return tuple(quant_shape_to_byte_shape(self.shape, self.type))
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.byte_shape)
+
+
+def check(plan: Plan, assets: Assets) -> None:
+    """Refuse what llama.cpp's ``lfm2moe`` cannot express.
+
+    Raises:
+        UnsupportedError: the setting or tensor, and which formats can hold it.
+    """
+    g = plan.geometry
+    if not g.norm_topk_prob:
+        raise UnsupportedError(
+            "config.json: norm_topk_prob is false, llama.cpp always normalizes the routing "
+            "weights of lfm2moe; use onnx or mlx"
+        )
+    if g.routed_scaling_factor != 1.0:
+        raise UnsupportedError(
+            f"config.json: routed_scaling_factor is {g.routed_scaling_factor}, llama.cpp's "
+            "lfm2moe has no such factor (1 is the only value); use onnx or mlx"
+        )
+    if g.head_dim * g.num_attention_heads != g.hidden_size:
+        raise UnsupportedError(
+            f"config.json: head_dim {g.head_dim} x {g.num_attention_heads} heads is not "
+            f"hidden_size {g.hidden_size}, which llama.cpp derives it from; use onnx"
+        )
+    tokenizer_vocabulary(assets, g.vocab_size)
+    for entry in plan.entries:
+        _check_entry(entry)
+    for _ in _stacks(plan):
+        pass
+
+
+def _check_entry(entry: Entry) -> None:
+    scheme = entry.scheme
+    if scheme is None:
+        return
+    if scheme.grid != "symmetric":
+        raise UnsupportedError(f"{entry.name}: gguf cannot hold the grid {scheme.grid!r}")
+    if scheme.group != BLOCK:
+        raise UnsupportedError(
+            f"{entry.name}: GGUF blocks hold {BLOCK} weights, the plan asks for groups of "
+            f"{scheme.group}; set group = {BLOCK} or use mlx, onnx or compressed-tensors"
+        )
+    if scheme.bits not in _QUANT_TYPES:
+        raise UnsupportedError(f"{entry.name}: gguf has no symmetric {scheme.bits}-bit block")
+
+
+def _stacks(plan: Plan) -> Iterator[_Stack]:
+    """The file's tensors in plan order; an expert stack stands where its first expert does."""
+    names = get_tensor_name_map(MODEL_ARCH.LFM2MOE, plan.geometry.num_hidden_layers)
+    grouped: dict[str, list[Entry]] = {}
+    for entry in plan.entries:
+        grouped.setdefault(split_expert(entry.name)[0], []).append(entry)
+    for key, entries in grouped.items():
+        first = entries[0]
+        for entry in entries:
+            if entry.storage != first.storage:
+                raise UnsupportedError(
+                    f"{entry.name}: {entry.storage} beside {first.storage} in one layer; GGUF "
+                    "holds a layer's experts of one projection in one type; use onnx or "
+                    "compressed-tensors for widths of single experts"
+                )
+        yield _Stack(tensor_name(key, names), tuple(entries), _tensor_type(first))
+
+
+def _tensor_type(entry: Entry) -> GGMLQuantizationType:
+    storage: Storage = entry.storage
+    if isinstance(storage, Scheme):
+        return _QUANT_TYPES[storage.bits]
+    return _FLOAT_TYPES[storage]
+
+
+def layout(plan: Plan, assets: Assets) -> BuildLayout:
+    """The one file of a GGUF build: header, metadata, tensor table, aligned tensor bytes."""
+    stacks = list(_stacks(plan))
+    zero_biases = _missing_biases(plan)
+    headers = [TensorHeader(s.name, s.byte_shape, s.nbytes, s.type) for s in stacks]
+    headers += [
+        TensorHeader(name, (plan.geometry.num_experts * 4,), plan.geometry.num_experts * 4, None)
+        for name in zero_biases
+    ]
+    header = header_bytes(plan, assets, headers, _file_type(stacks))
+    offset = len(header)
+    pieces: list[Piece] = []
+    for stack in stacks:
+        pieces += _stack_pieces(stack, offset)
+        offset += _padded(stack.nbytes)
+    offset += sum(_padded(h.nbytes) for h in headers[len(stacks) :])
+    file = FileLayout("", offset, ((0, header),), tuple(pieces))
+    return BuildLayout(NAME, (file,), single_file=True)
+
+
+def _missing_biases(plan: Plan) -> list[str]:
+    """The loader wants a selection bias even where the model has none; zeros change nothing."""
+    if plan.geometry.use_expert_bias:
+        return []
+    return [f"blk.{layer}.exp_probs_b.bias" for layer in plan.geometry.moe_layers]
+
+
+def _stack_pieces(stack: _Stack, offset: int) -> Iterator[Piece]:
+    nbytes = stack.nbytes // len(stack.entries)
+    for entry in stack.entries:
+        yield Piece(offset, nbytes, (entry.name,), _packer(entry))
+        offset += nbytes
+
+
+def _packer(entry: Entry) -> "partial[Bytes]":
+    storage = entry.storage
+    if isinstance(storage, Scheme):
+        return partial(pack_q4_0 if storage.bits == 4 else pack_q8_0)
+    return partial(_pack_float, dtype=storage)
+
+
+def _file_type(stacks: list[_Stack]) -> GGMLQuantizationType:
+    """The type most weights have; only shown to users, never read by the loader."""
+    sizes: dict[GGMLQuantizationType, int] = {}
+    for stack in stacks:
+        sizes[stack.type] = sizes.get(stack.type, 0) + math.prod(stack.shape)
+    return max(sizes, key=lambda t: sizes[t])
+
+
+def _padded(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def pack_q4_0(q: Quantized) -> Bytes:
+    """block_q4_0: float16 scale, then 16 bytes; byte j holds code j low and code j + 16 high."""
+    codes = q.codes.reshape(-1, 2, BLOCK // 2)
+    blocks = np.empty((codes.shape[0], 18), np.uint8)
+    blocks[:, :2] = q.scale.reshape(-1, 1).view(np.uint8)
+    np.left_shift(codes[:, 1], 4, out=blocks[:, 2:])
+    blocks[:, 2:] |= codes[:, 0]
+    return blocks.reshape(-1)
+
+
+def pack_q8_0(q: Quantized) -> Bytes:
+    """block_q8_0: float16 scale, then 32 int8 (code - 128)."""
+    codes = q.codes.reshape(-1, BLOCK)
+    blocks = np.empty((codes.shape[0], 34), np.uint8)
+    blocks[:, :2] = q.scale.reshape(-1, 1).view(np.uint8)
+    np.bitwise_xor(codes, 0x80, out=blocks[:, 2:])
+    return blocks.reshape(-1)
+
+
+def _pack_float(values: NDArray[np.float32], dtype: str) -> Bytes:
+    if dtype == "bfloat16":
+        return as_bytes(values.astype(ml_dtypes.bfloat16))
+    return as_bytes(values.astype(dtype))
+

@@ -1,0 +1,119 @@
+"""Tensors of an ONNX build's data file and the pure functions that pack and unpack them.
+
+Layouts: MatMulNBits, GatherBlockQuantized and QMoE in ONNX Runtime's ``docs/ContribOperators.md``:
+codes along the row with the low bits first, one float32 scale a group, zero point 2^(bits-1).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lfmq.formats.build import Bytes, as_bytes
+from lfmq.quant.errors import UnsupportedError
+from lfmq.quant.types import Entry, Quantized, Scheme
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A run of a tensor's bytes: the weights it is made of and the function that packs them."""
+
+    sources: tuple[str, ...]
+    pack: Callable[..., Bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class DataTensor:
+    """An initializer in the data file.
+
+    Attributes:
+        parts: equally long runs, one after the other.
+        constant: its bytes, when no weight goes in.
+        alias: name of the tensor whose bytes it shows under another shape.
+    """
+
+    name: str
+    dtype: type[np.generic]
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...] = ()
+    constant: bytes | None = None
+    alias: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Its length, bytes."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+def float_dtype(entry: Entry) -> type[np.float32] | type[np.float16]:
+    """The type a tensor stored as floats has in the file.
+
+    Raises:
+        UnsupportedError: bfloat16, which ONNX Runtime's CPU kernels do not compute with.
+    """
+    if entry.storage == "float32":
+        return np.float32
+    if entry.storage == "float16":
+        return np.float16
+    raise UnsupportedError(
+        f"{entry.name}: onnx stores floats as float32 or float16, the plan asks for "
+        f"{entry.storage}; set one of these or use gguf, mlx or compressed-tensors"
+    )
+
+
+def pack_codes(*weights: Quantized) -> Bytes:
+    """Codes of one weight, or of two with their rows taking turns; 4-bit: even element low."""
+    codes = _interleave([w.codes for w in weights])
+    if weights[0].scheme.bits == 4:
+        codes = codes[:, 0::2] | (codes[:, 1::2] << 4)
+    return as_bytes(codes)
+
+
+def pack_scale(*weights: Quantized) -> Bytes:
+    """Scales as float32, which the kernels want and which holds every float16."""
+    return as_bytes(_interleave([w.scale for w in weights]).astype(np.float32))
+
+
+def pack_float(
+    *weights: NDArray[np.float32], dtype: type[np.generic], transposed: bool = False
+) -> Bytes:
+    """Float rows, of two weights taking turns; ``transposed`` gives MatMul its [K, N]."""
+    values = _interleave(list(weights))
+    return as_bytes((values.T if transposed else values).astype(dtype))
+
+
+def _interleave(rows: list[NDArray[Any]]) -> NDArray[Any]:
+    """Row 0 of each, then row 1 of each, and so on."""
+    if len(rows) == 1:
+        return rows[0]
+    return np.stack(rows, axis=1).reshape(-1, *rows[0].shape[1:])
+
+
+def unpack(
+    packed: NDArray[np.uint8], scale: NDArray[np.float32], scheme: Scheme
+) -> NDArray[np.float32]:
+    """Weights [N, K] from the rows :func:`pack_codes` and :func:`pack_scale` made."""
+    rows = packed.reshape(packed.shape[0], -1)
+    if scheme.bits == 4:
+        rows = np.stack((rows & 15, rows >> 4), axis=-1).reshape(rows.shape[0], -1)
+    groups = rows.reshape(*scale.shape, scheme.group).astype(np.float32)
+    values: NDArray[np.float32] = (groups - np.float32(scheme.zero_point)) * scale[..., None]
+    return values.reshape(rows.shape)
+
+
+def rotary_tables(
+    positions: int, head_dim: int, theta: float
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Cosine and sine [positions, head_dim / 2] of position * theta^(-2i / head_dim).
+
+    In float32 as transformers computes them; the power is rounded from float64, because a last
+    bit of the frequency is a visible angle at position 100 000.
+    """
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    powers = (theta ** exponents.astype(np.float64)).astype(np.float32)
+    frequencies = np.float32(1.0) / powers
+    angles = np.arange(positions, dtype=np.float32)[:, None] * frequencies
+    return np.cos(angles), np.sin(angles)

@@ -1,0 +1,25 @@
+"""The errors a user can act on; the command line turns each into one line and exit status 1."""
+
+
+class LfmqError(Exception):
+    """Root of every error the library raises on purpose."""
+
+
+class CheckpointError(LfmqError):
+    """The checkpoint is missing, damaged, or not the model it claims to be."""
+
+
+class RecipeError(LfmqError):
+    """A recipe has an unknown key, an illegal value, or a rule that matches nothing."""
+
+
+class PlanError(LfmqError):
+    """The requested output cannot be produced where or how it was asked for."""
+
+
+class UnsupportedError(LfmqError):
+    """A container cannot hold what the plan asks for."""
+
+
+class ValidationError(LfmqError):
+    """A build or a text cannot be evaluated."""

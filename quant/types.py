@@ -1,0 +1,184 @@
+"""The values that travel between checkpoint, quantizer, writers and evidence.
+
+All of them are frozen: a stage makes new ones and never changes what it was given.
+"""
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatType = Literal["float32", "float16", "bfloat16"]
+Grid = Literal["symmetric"]
+LayerType = Literal["conv", "full_attention"]
+
+FLOAT_BYTES: dict[FloatType, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+class Role(StrEnum):
+    """What a tensor does in the model; recipes speak of weights by role."""
+
+    EXPERT_GATE = "expert_gate"
+    EXPERT_UP = "expert_up"
+    EXPERT_DOWN = "expert_down"
+    ATTENTION = "attention"
+    CONV = "conv"
+    DENSE = "dense"
+    EMBEDDING = "embedding"
+    ROUTER = "router"
+    EXPERT_BIAS = "expert_bias"
+    CONV_KERNEL = "conv_kernel"
+    NORM = "norm"
+
+
+EXPERT_ROLES = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
+SHARED_ROLES = (Role.ATTENTION, Role.CONV, Role.DENSE, Role.EMBEDDING)
+FLOAT_ROLES = (Role.ROUTER, Role.EXPERT_BIAS, Role.CONV_KERNEL, Role.NORM)
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """The facts of one ``lfm2_moe`` model; the names are those of its ``config.json``."""
+
+    hidden_size: int
+    intermediate_size: int
+    moe_intermediate_size: int
+    num_hidden_layers: int
+    num_dense_layers: int
+    num_experts: int
+    num_experts_per_tok: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    conv_L_cache: int  # noqa: N815 - the config's own spelling
+    vocab_size: int
+    max_position_embeddings: int
+    norm_eps: float
+    rope_theta: float
+    layer_types: tuple[LayerType, ...]
+    norm_topk_prob: bool = True
+    use_expert_bias: bool = True
+    routed_scaling_factor: float = 1.0
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Indices of the layers with a router and experts."""
+        return tuple(range(self.num_dense_layers, self.num_hidden_layers))
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that mix tokens by attention."""
+        return tuple(i for i, t in enumerate(self.layer_types) if t == "full_attention")
+
+    @property
+    def conv_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that mix tokens by a gated short convolution."""
+        return tuple(i for i, t in enumerate(self.layer_types) if t == "conv")
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """How the values of a weight are stored: integer codes with one scale a group of a row.
+
+    ``symmetric`` is the portable grid, exact in every container:
+    ``w[n, k] = scale[n, k // group] * (code[n, k] - 2 ** (bits - 1))`` with a float16 scale.
+    """
+
+    bits: int
+    group: int = 32
+    grid: Grid = "symmetric"
+
+    @property
+    def zero_point(self) -> int:
+        """The code that stands for 0."""
+        return int(2 ** (self.bits - 1))
+
+    @property
+    def lowest_code(self) -> int:
+        """Smallest code in use; 8-bit leaves 0 out, so that codes - 128 negate as int8 (Q8_0)."""
+        return 1 if self.bits == 8 else 0
+
+    @property
+    def highest_code(self) -> int:
+        """Largest code in use."""
+        return int(2**self.bits - 1)
+
+    def __str__(self) -> str:
+        """Short form for tables, for example ``int4 g32``."""
+        return f"int{self.bits} g{self.group}"
+
+
+Storage = Scheme | FloatType
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of the plan, under its name in the checkpoint."""
+
+    name: str
+    shape: tuple[int, ...]
+    role: Role
+    layer: int | None
+    expert: int | None
+    storage: Storage
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """The integer scheme, or None for a tensor stored as floats."""
+        return self.storage if isinstance(self.storage, Scheme) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything known before a weight is read: the model's facts and each tensor's storage."""
+
+    geometry: Geometry
+    entries: tuple[Entry, ...]
+    recipe: str
+
+    def units(self) -> tuple[tuple[Entry, ...], ...]:
+        """Entries that are processed and written together: an expert's three, else one by one."""
+        groups: dict[tuple[object, ...], list[Entry]] = {}
+        for entry in self.entries:
+            key: tuple[object, ...] = (entry.name,)
+            if entry.expert is not None:
+                key = (entry.layer, entry.expert)
+            groups.setdefault(key, []).append(entry)
+        return tuple(tuple(group) for group in groups.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """A weight after quantization.
+
+    Attributes:
+        codes: uint8, unpacked, shape [..., N, K].
+        scale: float16, shape [..., N, K // group].
+        scheme: how codes and scale make weights.
+    """
+
+    codes: NDArray[np.uint8]
+    scale: NDArray[np.float16]
+    scheme: Scheme
+
+
+Weight = Quantized | NDArray[np.float32]
+
+
+def dequantize(q: Quantized) -> NDArray[np.float32]:
+    """The weights a :class:`Quantized` stands for, float32, shape of its codes."""
+    groups = q.codes.reshape(*q.codes.shape[:-1], -1, q.scheme.group)
+    centred = groups.astype(np.float32) - np.float32(q.scheme.zero_point)
+    values: NDArray[Any] = centred * q.scale.astype(np.float32)[..., None]
+    return values.reshape(q.codes.shape)

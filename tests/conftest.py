@@ -1,0 +1,176 @@
+"""Fixtures: a tiny random LFM2-MoE for structure, the trained sample for quality."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from lfmq.converter.tensors import expected_tensors
+from lfmq.formats.build import Assets
+from lfmq.quant.types import (
+    FLOAT_ROLES,
+    Entry,
+    Geometry,
+    Plan,
+    Quantized,
+    Role,
+    Scheme,
+    Storage,
+    Weight,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def sample_folder() -> Path:
+    """The trained sample checkpoint."""
+    return ROOT / "samples" / "lfm2moe-tiny"
+
+
+@pytest.fixture(scope="session")
+def tiny_geometry() -> Geometry:
+    """Two dense and two MoE layers, conv and attention; no two widths are equal by accident."""
+    return Geometry(
+        hidden_size=128,
+        intermediate_size=192,
+        moe_intermediate_size=64,
+        num_hidden_layers=4,
+        num_dense_layers=2,
+        num_experts=6,
+        num_experts_per_tok=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        conv_L_cache=3,
+        vocab_size=320,
+        max_position_embeddings=128,
+        norm_eps=1e-5,
+        rope_theta=5e6,
+        layer_types=("conv", "full_attention", "conv", "full_attention"),
+        bos_token_id=1,
+        eos_token_id=4,
+        pad_token_id=0,
+    )
+
+
+@pytest.fixture(scope="session")
+def make_plan() -> Callable[..., Plan]:
+    """Build a plan: one storage for experts, one for what is shared, exceptions by name."""
+
+    def make(
+        geometry: Geometry,
+        experts: Storage = Scheme(4),
+        shared: Storage = Scheme(8),
+        overrides: dict[str, Storage] | None = None,
+    ) -> Plan:
+        entries = []
+        for t in expected_tensors(geometry):
+            storage = shared if t.expert is None else experts
+            if t.role in FLOAT_ROLES:
+                storage = "float32"
+            storage = (overrides or {}).get(t.name, storage)
+            entries.append(Entry(t.name, t.shape, t.role, t.layer, t.expert, storage))
+        return Plan(geometry, tuple(entries), "test")
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def random_weight() -> Callable[[Entry], Weight]:
+    """A random weight of the entry's storage; deterministic in the entry's name."""
+
+    def make(entry: Entry) -> Weight:
+        rng = np.random.default_rng(list(entry.name.encode()))
+        scheme = entry.scheme
+        if scheme is None:
+            return _random_float(rng, entry)
+        codes = rng.integers(
+            scheme.lowest_code, scheme.highest_code + 1, entry.shape, dtype=np.uint8
+        )
+        shape = (*entry.shape[:-1], entry.shape[-1] // scheme.group)
+        spread = 0.15 / 2**scheme.bits
+        scale = (spread * (1 + rng.random(shape)) * rng.choice([-1, 1], shape)).astype(np.float16)
+        return Quantized(codes, scale, scheme)
+
+    return make
+
+
+def _random_float(rng: np.random.Generator, entry: Entry) -> NDArray[np.float32]:
+    """Values that bfloat16 and float16 both hold exactly, of a size that shows mistakes."""
+    centre, spread = {
+        Role.NORM: (1.0, 0.2),
+        Role.CONV_KERNEL: (0.0, 0.5),
+        Role.EXPERT_BIAS: (0.0, 0.2),
+        Role.ROUTER: (0.0, 0.2),
+    }.get(entry.role, (0.0, 0.05))
+    values = (centre + spread * rng.standard_normal(entry.shape)).astype(np.float32)
+    return (values.view(np.uint32) & 0xFFFF0000).view(np.float32)
+
+
+@pytest.fixture
+def tiny_assets(tiny_geometry: Geometry, sample_folder: Path) -> Assets:
+    """The sample's tokenizer and template beside the tiny geometry's config."""
+    g = tiny_geometry
+    config = {
+        "architectures": ["Lfm2MoeForCausalLM"],
+        "model_type": "lfm2_moe",
+        "hidden_size": g.hidden_size,
+        "intermediate_size": g.intermediate_size,
+        "moe_intermediate_size": g.moe_intermediate_size,
+        "num_hidden_layers": g.num_hidden_layers,
+        "num_dense_layers": g.num_dense_layers,
+        "num_experts": g.num_experts,
+        "num_experts_per_tok": g.num_experts_per_tok,
+        "num_attention_heads": g.num_attention_heads,
+        "num_key_value_heads": g.num_key_value_heads,
+        "conv_L_cache": g.conv_L_cache,
+        "conv_bias": False,
+        "vocab_size": g.vocab_size,
+        "max_position_embeddings": g.max_position_embeddings,
+        "norm_eps": g.norm_eps,
+        "norm_topk_prob": True,
+        "use_expert_bias": True,
+        "routed_scaling_factor": 1.0,
+        "rope_parameters": {"rope_theta": g.rope_theta, "rope_type": "default"},
+        "layer_types": list(g.layer_types),
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 4,
+        "pad_token_id": 0,
+    }
+    names = (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "generation_config.json",
+    )
+    files = {name: (sample_folder / name).read_bytes() for name in names}
+    return Assets("tiny", config, files, sample_folder)
+
+
+@pytest.fixture(scope="session")
+def transformers_model() -> Callable[..., object]:
+    """transformers' Lfm2MoeForCausalLM in float32 with weights read by checkpoint name."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+
+    def make(config: dict[str, object], read: Callable[[str], NDArray[np.float32]]) -> object:
+        model = transformers.Lfm2MoeForCausalLM(transformers.Lfm2MoeConfig(**config)).eval()
+        with torch.no_grad():
+            for name, parameter in model.state_dict().items():
+                prefix, _, fused = name.rpartition(".experts.")
+                if not prefix:
+                    source = "model.embed_tokens.weight" if name == "lm_head.weight" else name
+                    parameter.copy_(torch.from_numpy(np.array(read(source))))
+                    continue
+                parts = ("w1", "w3") if fused == "gate_up_proj" else ("w2",)
+                for expert in range(parameter.shape[0]):
+                    names = [f"{prefix}.experts.{expert}.{part}.weight" for part in parts]
+                    stacked = np.concatenate([read(n) for n in names])
+                    parameter[expert].copy_(torch.from_numpy(stacked))
+        return model
+
+    return make

@@ -1,0 +1,21 @@
+"""The values themselves."""
+
+import numpy as np
+
+from lfmq.quant.types import Quantized, Scheme, dequantize
+
+
+def test_dequantize_by_hand() -> None:
+    codes = np.full((1, 64), 8, np.uint8)
+    codes[0, 0], codes[0, 33] = 0, 15
+    scale = np.array([[0.5, -2.0]], np.float16)
+    w = dequantize(Quantized(codes, scale, Scheme(4)))
+    expected = np.zeros((1, 64), np.float32)
+    expected[0, 0], expected[0, 33] = -4.0, -14.0
+    np.testing.assert_array_equal(w, expected)
+
+
+def test_scheme_codes() -> None:
+    assert (Scheme(4).lowest_code, Scheme(4).highest_code, Scheme(4).zero_point) == (0, 15, 8)
+    assert (Scheme(8).lowest_code, Scheme(8).highest_code, Scheme(8).zero_point) == (1, 255, 128)
+    assert str(Scheme(8, 64)) == "int8 g64"

@@ -1,0 +1,154 @@
+"""The sample's builds in the programs they are for: the greedy tokens are the reference's.
+
+The reference is transformers in float32 with the weights dequantized from the build itself, so
+that only the runtime's arithmetic differs. Each runtime is fed the prompt and the reference's own
+greedy continuation: when it prefers the same token at every step, it generates the same text.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from lfmq.converter.checkpoint import open_checkpoint
+from lfmq.converter.convert import convert
+from lfmq.converter.plan import resolve_plan
+from lfmq.converter.recipe import load_recipe
+from lfmq.formats.registry import FORMATS
+
+RUNNER = Path(__file__).parent / "runners" / "llama_cpp.py"
+NEW_TOKENS = 24
+QUESTIONS = (
+    "What is the weather in Tokyo in celsius?",
+    "Book a meeting with Kofi on Friday at 9:15.",
+    "What is 17 + 14?",
+)
+# Share of positions where the runtime may rank another token first. llama.cpp rounds
+# activations to int8 in every quantized product, QMoE does so for 8-bit blocks (ONNX Runtime
+# 1.32), MLX computes in float16; the greedy positions themselves must all agree.
+LOGIT_TOLERANCE = {"gguf": 2.0, "mlx": 0.25, "onnx": 1e-3, "onnx-int8": 2.0}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A prompt, the reference's greedy continuation, and its logits over both [T, V]."""
+
+    prompt: list[int]
+    tokens: list[int]
+    logits: NDArray[np.float32]
+
+
+@pytest.fixture(scope="module", params=["int4", "int8", "int4-all"])
+def recipe(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def builds(
+    recipe: str, sample_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    checkpoint, loaded = open_checkpoint(sample_folder), load_recipe(recipe)
+    plan = resolve_plan(checkpoint.geometry, loaded)
+    done = convert(checkpoint, loaded, plan, FORMATS, tmp_path_factory.mktemp(recipe))
+    return {b.format: b.path for b in done}
+
+
+@pytest.fixture(scope="module")
+def cases(
+    builds: dict[str, Path], sample_folder: Path, transformers_model: Callable[..., Any]
+) -> list[Case]:
+    config = json.loads((sample_folder / "config.json").read_text())
+    model = transformers_model(config, FORMATS["gguf"].open_reader(builds["gguf"]).read)
+    tokenizer = Tokenizer.from_file(str(sample_folder / "tokenizer.json"))
+    return [_case(model, tokenizer, question) for question in QUESTIONS]
+
+
+def _case(model: Any, tokenizer: Tokenizer, question: str) -> Case:
+    text = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+    prompt = [1, *tokenizer.encode(text, add_special_tokens=False).ids]
+    with torch.no_grad():
+        tokens = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            eos_token_id=4,
+            pad_token_id=0,
+        )
+        logits = model(tokens).logits[0].numpy()
+    return Case(prompt, tokens[0].tolist(), logits)
+
+
+def check(case: Case, logits: NDArray[np.float32], tolerance: float) -> None:
+    """Greedy tokens equal, and all logits within the runtime's own arithmetic."""
+    generated = slice(len(case.prompt) - 1, len(case.tokens) - 1)
+    np.testing.assert_array_equal(
+        logits[generated].argmax(-1), case.tokens[len(case.prompt) :], strict=False
+    )
+    assert np.abs(logits[generated] - case.logits[generated]).max() <= tolerance
+
+
+def test_readers_agree(builds: dict[str, Path], sample_folder: Path) -> None:
+    readers = {name: FORMATS[name].open_reader(path) for name, path in builds.items()}
+    checkpoint = open_checkpoint(sample_folder)
+    for name in checkpoint.stored:
+        expected = readers["gguf"].read(name)
+        for other in ("mlx", "onnx"):
+            np.testing.assert_array_equal(readers[other].read(name), expected, err_msg=name)
+
+
+def test_llama_cpp(builds: dict[str, Path], cases: list[Case], tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    for case in cases:
+        np.save(tmp_path / "tokens.npy", np.array(case.tokens, np.int32))
+        paths = [builds["gguf"], tmp_path / "tokens.npy", tmp_path / "logits.npy"]
+        command = [sys.executable, str(RUNNER), *map(str, paths)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        check(case, np.load(tmp_path / "logits.npy"), LOGIT_TOLERANCE["gguf"])
+
+
+def test_mlx_lm(builds: dict[str, Path], cases: list[Case]) -> None:
+    mx = pytest.importorskip("mlx.core")
+    utils = pytest.importorskip("mlx_lm.utils")
+    model, _ = utils.load_model(builds["mlx"])
+    for case in cases:
+        logits = np.array(model(mx.array([case.tokens]))[0].astype(mx.float32))
+        check(case, logits, LOGIT_TOLERANCE["mlx"])
+
+
+def test_onnxruntime(builds: dict[str, Path], cases: list[Case], recipe: str) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    session = onnxruntime.InferenceSession(str(builds["onnx"] / "model.onnx"))
+    empty = {}
+    for i in session.get_inputs():
+        if i.name.startswith("past"):
+            shape = [d if isinstance(d, int) else (1 if n == 0 else 0) for n, d in enumerate(i.shape)]
+            empty[i.name] = np.zeros(shape, np.float32)
+    tolerance = LOGIT_TOLERANCE["onnx-int8" if recipe == "int8" else "onnx"]
+    for case in cases:
+        ids = np.array([case.tokens], np.int64)
+        feed = {"input_ids": ids, "attention_mask": np.ones_like(ids), **empty}
+        check(case, session.run(["logits"], feed)[0][0], tolerance)
+
+
+def test_onnxruntime_genai(builds: dict[str, Path], cases: list[Case]) -> None:
+    genai = pytest.importorskip("onnxruntime_genai")
+    model = genai.Model(str(builds["onnx"]))
+    for case in cases:
+        params = genai.GeneratorParams(model)
+        params.set_search_options(do_sample=False, max_length=len(case.prompt) + NEW_TOKENS)
+        generator = genai.Generator(model, params)
+        generator.append_tokens(np.array([case.prompt], np.int32))
+        while not generator.is_done():
+            generator.generate_next_token()
+        assert generator.get_sequence(0).tolist()[: len(case.tokens)] == case.tokens

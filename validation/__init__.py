@@ -1,0 +1,1 @@
+"""Evidence: opens what was written and compares it with the reference."""
