@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
+import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -23,15 +24,26 @@ from rich.table import Table
 
 from lfmq.converter.checkpoint import Checkpoint, open_checkpoint
 from lfmq.converter.convert import convert as convert_checkpoint
-from lfmq.converter.convert import plan_layouts
+from lfmq.converter.convert import plan_builds
 from lfmq.converter.inspect import inspect_checkpoint
-from lfmq.converter.locate import locate_checkpoint
+from lfmq.converter.locate import locate_checkpoint, sample_file
 from lfmq.converter.manifest import verify_build
-from lfmq.converter.plan import bits_per_weight, resolve_plan, summarize, token_bytes
+from lfmq.converter.plan import resolve_plan
 from lfmq.converter.recipe import DEFAULT_RECIPE, load_recipe
+from lfmq.converter.text import Windows, load_windows
 from lfmq.formats.build import Format
 from lfmq.formats.registry import FORMATS
-from lfmq.quant.errors import LfmqError, UnsupportedError
+from lfmq.quant.errors import LfmqError, ValidationError
+from lfmq.validation.report import Thresholds
+from lfmq.validation.tables import (
+    builds_table,
+    inspection_table,
+    planned_table,
+    report_table,
+    roles_table,
+    tensors_table,
+)
+from lfmq.validation.validate import validate as validate_builds
 
 THRESHOLD_MISSED = 3
 
@@ -120,17 +132,21 @@ text_options = _options(
 )
 
 
-@click.group(cls=Commands, context_settings={"max_content_width": 100})
+def _example(command: str) -> str:
+    return f"\b\nExample:\n    {command}"
+
+
+@click.group(
+    cls=Commands,
+    context_settings={"max_content_width": 100},
+    epilog=_example("lfmq convert sample --output builds"),
+)
 @click.version_option(package_name="lfmq")
 def main() -> None:
     """Turn an LFM2 mixture-of-experts checkpoint into GGUF, MLX and ONNX builds, and prove them.
 
     CHECKPOINT is a folder with config.json and safetensors, the word 'sample', or a Hub id
     org/name[@revision].
-
-    \b
-    Example:
-        lfmq convert sample --output builds
     """
 
 
@@ -142,17 +158,16 @@ def _chosen(formats: tuple[str, ...]) -> dict[str, Format]:
     return {name: FORMATS[name] for name in (formats or FORMATS)}
 
 
+def _print_tables(*tables: Table) -> None:
+    """To the terminal's width; wide enough for a path elsewhere."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
+    console.print(*tables)
+
+
 def _print_json(document: Any) -> None:
     click.echo(json.dumps(document, ensure_ascii=False))
-
-
-def _print_table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    table = Table(title=title, title_justify="left")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
 
 
 @contextmanager
@@ -187,31 +202,21 @@ def _line_printer(label: str) -> Callable[[int, int], None]:
     return advance
 
 
-@main.command()
+@main.command(epilog=_example("lfmq inspect sample"))
 @checkpoint_argument
 @common_options
 def inspect(checkpoint: str, threads: int, device: str, as_json: bool, quiet: bool) -> None:
-    """Show what a checkpoint is: roles, weights, bytes, dtypes, and what is odd.
-
-    \b
-    Example:
-        lfmq inspect sample
-    """
+    """Show what a checkpoint is: roles, weights, bytes, dtypes, and what is odd."""
     report = inspect_checkpoint(_open(checkpoint))
     if as_json:
         _print_json(report.to_json())
         return
-    rows = [
-        (r.role, f"{r.tensors:,}", f"{r.weights:,}", f"{r.nbytes:,}", r.dtypes)
-        for r in report.roles
-    ]
-    rows.append(("total", f"{report.tensors:,}", f"{report.weights:,}", f"{report.nbytes:,}", ""))
-    _print_table(report.title, ("role", "tensors", "weights", "bytes", "dtype"), rows)
+    _print_tables(inspection_table(report))
     for line in report.odd:
         click.echo(f"odd: {line}")
 
 
-@main.command()
+@main.command(epilog=_example("lfmq plan sample --recipe int4 --to gguf"))
 @checkpoint_argument
 @plan_options
 @click.option("--tensors", is_flag=True, help="Also list every tensor.")
@@ -226,58 +231,26 @@ def plan(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Dry run: the scheme of every tensor and the size of every build; reads no weight.
-
-    \b
-    Example:
-        lfmq plan sample --recipe int4 --to gguf
-    """
+    """Dry run: the scheme of every tensor and the size of every build; reads no weight."""
     opened = _open(checkpoint)
     resolved = resolve_plan(opened.geometry, load_recipe(recipe))
-    builds = [_plan_build(opened, resolved, name) for name in _chosen(formats)]
-    listed = [{"name": e.name, "shape": e.shape, "storage": str(e.storage)} for e in resolved.entries]
+    builds = plan_builds(opened, resolved, _chosen(formats))
     if as_json:
-        _print_json({"recipe": recipe, "builds": builds, "tensors": listed})
+        listed = [
+            {"name": e.name, "shape": e.shape, "storage": str(e.storage)} for e in resolved.entries
+        ]
+        planned = [build.to_json() for build in builds]
+        _print_json({"recipe": resolved.recipe, "builds": planned, "tensors": listed})
         return
-    roles = [
-        (s.role.value, str(s.storage), f"{s.tensors:,}", f"{s.weights:,}")
-        for s in summarize(resolved)
-    ]
-    _print_table(f"{recipe}", ("role", "stored as", "tensors", "weights"), roles)
-    _print_table("builds", ("format", "bytes", "bits/weight", "bytes/token"), [_row(b) for b in builds])
+    _print_tables(roles_table(resolved), planned_table(builds))
     for build in builds:
-        if "refused" in build:
-            click.echo(f"{build['format']}: {build['refused']}")
+        if build.refused is not None:
+            click.echo(f"{build.format}: {build.refused}")
     if tensors:
-        rows = [(t["name"], str(list(t["shape"])), t["storage"]) for t in listed]
-        _print_table("tensors", ("tensor", "shape", "stored as"), rows)
+        _print_tables(tensors_table(resolved))
 
 
-def _plan_build(opened: Checkpoint, resolved: Any, name: str) -> dict[str, Any]:
-    try:
-        layout = plan_layouts(opened, resolved, {name: FORMATS[name]})[name]
-    except UnsupportedError as error:
-        return {"format": name, "refused": str(error)}
-    return {
-        "format": name,
-        "bytes": layout.nbytes,
-        "bits_per_weight": bits_per_weight(resolved, layout.nbytes),
-        "bytes_per_token": token_bytes(resolved, layout),
-    }
-
-
-def _row(build: dict[str, Any]) -> tuple[str, ...]:
-    if "refused" in build:
-        return (build["format"], "refused", "", "")
-    return (
-        build["format"],
-        f"{build['bytes']:,}",
-        f"{build['bits_per_weight']:.3f}",
-        f"{build['bytes_per_token']:,}",
-    )
-
-
-@main.command()
+@main.command(epilog=_example("lfmq convert sample --output builds --to gguf --to onnx"))
 @checkpoint_argument
 @click.option(
     "--output",
@@ -301,16 +274,11 @@ def convert(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Quantize a checkpoint once and write a build for each format.
-
-    \b
-    Example:
-        lfmq convert sample --output builds --recipe int4 --to gguf --to onnx
-    """
+    """Quantize a checkpoint once and write a build for each format."""
     started = time.monotonic()
     opened, loaded = _open(checkpoint), load_recipe(recipe)
     resolved = resolve_plan(opened.geometry, loaded)
-    with _progress("quantizing", quiet=quiet or as_json) as progress:
+    with _progress("quantizing", quiet=quiet) as progress:
         builds = convert_checkpoint(
             opened,
             loaded,
@@ -324,35 +292,21 @@ def convert(
     if as_json:
         _print_json(
             {
-                "builds": [
-                    {
-                        "format": b.format,
-                        "path": str(b.path),
-                        "bytes": b.nbytes,
-                        "bits_per_weight": b.bits_per_weight,
-                    }
-                    for b in builds
-                ],
+                "builds": [build.to_json() for build in builds],
                 "seconds": time.monotonic() - started,
                 "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
                 "tokens": 0,
             }
         )
         return
-    rows = [(b.format, f"{b.nbytes:,}", f"{b.bits_per_weight:.3f}", str(b.path)) for b in builds]
-    _print_table("builds", ("format", "bytes", "bits/weight", "path"), rows)
+    _print_tables(builds_table(builds))
 
 
-@main.command()
+@main.command(epilog=_example("lfmq verify builds/lfm2moe-tiny-int4.gguf"))
 @click.argument("builds", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and no tables.")
 def verify(builds: tuple[Path, ...], as_json: bool) -> None:
-    """Check that builds hold the bytes their manifest says.
-
-    \b
-    Example:
-        lfmq verify builds/lfm2moe-tiny-int4.gguf
-    """
+    """Check that builds hold the bytes their manifest says."""
     found = [{"path": str(b), "manifest": str(verify_build(b)), "intact": True} for b in builds]
     if as_json:
         _print_json({"builds": found})
@@ -361,8 +315,77 @@ def verify(builds: tuple[Path, ...], as_json: bool) -> None:
         click.echo(f"{build['path']}: intact, as {build['manifest']} says")
 
 
-def _exit(status: int) -> NoReturn:
-    raise click.exceptions.Exit(status)
+@main.command(epilog=_example("lfmq validate sample builds/*-int4.gguf --min-routing 0.97"))
+@checkpoint_argument
+@click.argument("builds", nargs=-1, required=True, type=click.Path(path_type=Path))
+@text_options
+@click.option(
+    "--engine",
+    type=click.Choice(["read"]),
+    default="read",
+    show_default=True,
+    help="read: the file's weights through the reference forward.",
+)
+@click.option("--max-kld", type=float, help="Highest mean KL divergence allowed, nats a token.")
+@click.option("--max-perplexity-ratio", type=float, help="Highest perplexity ratio allowed.")
+@click.option("--min-routing", type=float, help="Lowest routing exact-set agreement allowed.")
+@common_options
+@click.pass_context
+def validate(
+    ctx: click.Context,
+    checkpoint: str,
+    builds: tuple[Path, ...],
+    texts: tuple[Path, ...],
+    tokens: int,
+    sequence: int,
+    engine: str,
+    max_kld: float | None,
+    max_perplexity_ratio: float | None,
+    min_routing: float | None,
+    threads: int,
+    device: str,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Compare builds with their checkpoint: perplexity, KL divergence, routing.
+
+    Every build is opened again and its weights run through the reference forward pass on the same
+    tokens. Exits with status 3 when a threshold is missed. Without --text the sample's evaluation
+    text is used.
+    """
+    opened = _open(checkpoint)
+    _set_up_torch(threads, device)
+    windows = _load_text(opened, texts, "evaluation.jsonl", tokens, sequence)
+    with _progress("validating", quiet=quiet) as progress:
+        report = validate_builds(
+            opened,
+            builds,
+            windows,
+            thresholds=Thresholds(max_kld, max_perplexity_ratio, min_routing),
+            device=device,
+            progress=progress,
+        )
+    if as_json:
+        _print_json(report.to_json())
+    else:
+        _print_tables(report_table(report))
+        for f in report.failures:
+            click.echo(f"missed: {f.path}: {f.figure} is {f.found:.6g}, limit {f.limit:.6g}")
+    if not report.passed:
+        ctx.exit(THRESHOLD_MISSED)
+
+
+def _load_text(
+    opened: Checkpoint, texts: tuple[Path, ...], default: str, tokens: int, sequence: int
+) -> Windows:
+    paths = texts or (sample_file(default),)
+    return load_windows(paths, opened.assets, opened.geometry, tokens=tokens, sequence=sequence)
+
+
+def _set_up_torch(threads: int, device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValidationError("--device cuda: torch finds no CUDA device; use --device cpu")
+    torch.set_num_threads(threads)
 
 
 if __name__ == "__main__":

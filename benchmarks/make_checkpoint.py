@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from lfmq.converter.locate import sample_file
 from lfmq.converter.tensors import Tensor, expected_tensors
-from lfmq.quant.types import Geometry, Role
+from lfmq.quant.types import Geometry, LayerType, Role
 
 SHARD_BYTES = 4_500_000_000
 ATTENTION = (2, 6, 10, 14, 18, 21, 25, 29, 33, 37)
@@ -32,7 +32,9 @@ SIDE_FILES = (
 
 def geometry(layers: int, experts: int, expert_width: int, vocabulary: int) -> Geometry:
     """LFM2.5-8B-A1B, with the given counts."""
-    types = tuple("full_attention" if i in ATTENTION else "conv" for i in range(layers))
+    types: tuple[LayerType, ...] = tuple(
+        "full_attention" if i in ATTENTION else "conv" for i in range(layers)
+    )
     return Geometry(
         hidden_size=2048,
         intermediate_size=7168,
@@ -58,12 +60,27 @@ def geometry(layers: int, experts: int, expert_width: int, vocabulary: int) -> G
 
 def config(g: Geometry) -> dict[str, object]:
     """The ``config.json`` of a geometry, in the real checkpoint's style."""
-    fields = (
-        "hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_dense_layers "
-        "num_experts num_experts_per_tok num_attention_heads num_key_value_heads conv_L_cache "
-        "vocab_size max_position_embeddings norm_eps norm_topk_prob use_expert_bias "
-        "routed_scaling_factor bos_token_id eos_token_id pad_token_id"
-    ).split()
+    fields = [
+        "hidden_size",
+        "intermediate_size",
+        "moe_intermediate_size",
+        "num_hidden_layers",
+        "num_dense_layers",
+        "num_experts",
+        "num_experts_per_tok",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "conv_L_cache",
+        "vocab_size",
+        "max_position_embeddings",
+        "norm_eps",
+        "norm_topk_prob",
+        "use_expert_bias",
+        "routed_scaling_factor",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+    ]
     return {
         "architectures": ["Lfm2MoeForCausalLM"],
         "model_type": "lfm2_moe",
@@ -108,7 +125,8 @@ def write_checkpoint(folder: Path, g: Geometry) -> None:
     for name in SIDE_FILES:
         shutil.copy(sample_file() / name, folder / name)
     shards = split_shards(expected_tensors(g))
-    weights, weight_map = Weights(), {}
+    weights = Weights()
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {t.name: weights.make(t) for t in shard}

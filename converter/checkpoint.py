@@ -6,14 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from lfmq.converter.config import parse_geometry, read_config
-from lfmq.converter.safetensors_file import DTYPES, StoredTensor, read_header, read_tensor
 from lfmq.converter.tensors import Tensor, expected_tensors
 from lfmq.formats.build import Assets
+from lfmq.formats.hf_config import parse_geometry, read_config
+from lfmq.formats.safetensors_file import (
+    FLOAT_DTYPES,
+    StoredTensor,
+    read_floats,
+    read_header,
+    read_tensor,
+)
 from lfmq.quant.errors import CheckpointError
 from lfmq.quant.types import Geometry
 
@@ -50,12 +55,7 @@ class Checkpoint:
         Raises:
             CheckpointError: the file cannot be read or changed meanwhile.
         """
-        values = read_tensor(self.stored[name])
-        if values.dtype == ml_dtypes.bfloat16:
-            wide = values.view(np.uint16).astype(np.uint32)
-            wide <<= 16
-            return wide.view(np.float32)
-        return values.astype(np.float32, copy=False)
+        return read_floats(self.stored[name])
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -75,7 +75,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
                 raise CheckpointError(f"{path}: {name} is also in {stored[name].path.name}")
             stored[name] = tensor
     _check_index(folder, stored)
-    stored.pop("lm_head.weight", None) if _is_tied_copy(stored) else None
+    if _is_tied_copy(stored):
+        del stored["lm_head.weight"]
     _check_tensors(folder, stored, expected_tensors(geometry))
     return Checkpoint(folder, geometry, _read_assets(folder, config), stored)
 
@@ -85,7 +86,7 @@ def _is_tied_copy(stored: dict[str, StoredTensor]) -> bool:
     head, embedding = stored.get("lm_head.weight"), stored.get("model.embed_tokens.weight")
     if head is None or embedding is None or head.shape != embedding.shape:
         return False
-    if head.dtype != embedding.dtype or head.dtype not in DTYPES:
+    if head.dtype != embedding.dtype or head.dtype not in FLOAT_DTYPES:
         return False
     return bool(np.array_equal(read_tensor(head), read_tensor(embedding)))
 
@@ -161,7 +162,7 @@ def _check_tensors(
                 f"{found.path}: {name} has shape {list(found.shape)}, the config expects "
                 f"{list(tensor.shape)}"
             )
-        if found.dtype not in DTYPES:
+        if found.dtype not in FLOAT_DTYPES:
             raise CheckpointError(
                 f"{found.path}: {name} has dtype {found.dtype}, expected BF16, F16 or F32"
             )

@@ -5,14 +5,15 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lfmq.converter.checkpoint import Checkpoint
 from lfmq.converter.manifest import write_manifest
-from lfmq.converter.plan import bits_per_weight
+from lfmq.converter.plan import bits_per_weight, token_bytes
 from lfmq.converter.recipe import Recipe
 from lfmq.formats.build import BuildLayout, Format
 from lfmq.formats.writer import BuildWriter
-from lfmq.quant.errors import CheckpointError, PlanError
+from lfmq.quant.errors import CheckpointError, PlanError, UnsupportedError
 from lfmq.quant.rtn import quantize
 from lfmq.quant.types import Entry, Plan, Weight
 
@@ -28,6 +29,37 @@ class Build:
     nbytes: int
     bits_per_weight: float
 
+    def to_json(self) -> dict[str, Any]:
+        """The object of ``builds`` in ``lfmq convert --json``."""
+        return {
+            "format": self.format,
+            "path": str(self.path),
+            "bytes": self.nbytes,
+            "bits_per_weight": self.bits_per_weight,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedBuild:
+    """What a build would be; ``refused`` says why a format cannot hold the plan."""
+
+    format: str
+    nbytes: int = 0
+    bits_per_weight: float = 0.0
+    bytes_per_token: int = 0
+    refused: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The object of ``builds`` in ``lfmq plan --json``."""
+        if self.refused is not None:
+            return {"format": self.format, "refused": self.refused}
+        return {
+            "format": self.format,
+            "bytes": self.nbytes,
+            "bits_per_weight": self.bits_per_weight,
+            "bytes_per_token": self.bytes_per_token,
+        }
+
 
 def plan_layouts(
     checkpoint: Checkpoint, plan: Plan, formats: Mapping[str, Format]
@@ -40,6 +72,22 @@ def plan_layouts(
     for module in formats.values():
         module.check(plan, checkpoint.assets)
     return {name: f.layout(plan, checkpoint.assets) for name, f in formats.items()}
+
+
+def plan_builds(
+    checkpoint: Checkpoint, plan: Plan, formats: Mapping[str, Format]
+) -> tuple[PlannedBuild, ...]:
+    """The size of each build, or why its format refuses; reads no weight."""
+    builds = []
+    for name, module in formats.items():
+        try:
+            layout = plan_layouts(checkpoint, plan, {name: module})[name]
+        except UnsupportedError as error:
+            builds.append(PlannedBuild(name, refused=str(error)))
+            continue
+        bits = bits_per_weight(plan, layout.nbytes)
+        builds.append(PlannedBuild(name, layout.nbytes, bits, token_bytes(plan, layout)))
+    return tuple(builds)
 
 
 def convert(

@@ -52,9 +52,7 @@ def download(repository: str, revision: str = "") -> Path:
         CheckpointError: the Hub cannot be reached or has no such repository or revision.
     """
     try:
-        folder = snapshot_download(
-            repository, revision=revision or None, allow_patterns=_PATTERNS
-        )
+        folder = snapshot_download(repository, revision=revision or None, allow_patterns=_PATTERNS)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise CheckpointError(f"{repository}: cannot be downloaded ({reason})") from error

@@ -103,7 +103,9 @@ def _rule(table: Any, where: str) -> Rule:
         raise RecipeError(f"{where}: expected a table")
     unknown = sorted(set(table) - _KEYS)
     if unknown:
-        raise RecipeError(f"{where}: unknown key {unknown[0]!r}; known: {', '.join(sorted(_KEYS))}")
+        raise RecipeError(
+            f"{where}: unknown key {unknown[0]!r}; known: {', '.join(sorted(_KEYS))}"
+        )
     return Rule(
         _storage(table, where),
         _roles(table.get("roles", ["experts", "shared"]), where),
@@ -122,7 +124,8 @@ def _storage(table: dict[str, Any], where: str) -> Storage:
             raise RecipeError(f"{where}: float is {table['float']!r}, expected one of {known}")
         value: FloatType = table["float"]
         return value
-    bits, group = table.get("bits"), table.get("group", 32)
+    bits: Any = table.get("bits")
+    group = table.get("group", 32)
     grid = table.get("grid", "symmetric")
     for key, value_, legal in (
         ("bits", bits, _BITS),

@@ -1,4 +1,4 @@
-"""The tensors of an ``lfm2_moe`` checkpoint: names, shapes and roles, derived from its geometry."""
+"""The tensors of an ``lfm2_moe`` checkpoint: names, shapes and roles, from its geometry."""
 
 import math
 from collections.abc import Iterator

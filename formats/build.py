@@ -2,9 +2,10 @@
 
 A format turns a plan into a :class:`BuildLayout`: files with their headers and, for each piece of
 a file, where it goes, which tensors it is made of and the pure function that packs them. One
-writer (``lfmq.formats.writer``) fills in any layout, in any order; no format opens a file to write.
+writer (``lfmq.formats.writer``) fills in any layout, in any order; no format writes a build.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,6 +87,11 @@ class BuildLayout:
 def text_file(path: str, content: bytes) -> FileLayout:
     """A small file whose bytes are known from the plan."""
     return FileLayout(path, len(content), ((0, content),))
+
+
+def as_json(document: Any) -> bytes:
+    """A JSON file's bytes, as the Hugging Face libraries indent it."""
+    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 class Format(Protocol):

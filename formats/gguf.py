@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -205,4 +204,3 @@ def _pack_float(values: NDArray[np.float32], dtype: str) -> Bytes:
     if dtype == "bfloat16":
         return as_bytes(values.astype(ml_dtypes.bfloat16))
     return as_bytes(values.astype(dtype))
-

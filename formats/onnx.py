@@ -12,7 +12,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from lfmq.formats.build import Assets, BuildLayout, FileLayout, Piece, text_file
+from lfmq.formats.build import Assets, BuildLayout, FileLayout, Piece, as_json, text_file
+from lfmq.formats.card import model_card
 from lfmq.formats.onnx_graph import GraphBuilder
 from lfmq.formats.onnx_reader import DATA_FILE, MODEL_FILE
 from lfmq.formats.onnx_reader import open_reader as open_reader
@@ -21,11 +22,25 @@ from lfmq.quant.errors import UnsupportedError
 from lfmq.quant.types import FLOAT_ROLES, Entry, Plan
 
 NAME = "onnx"
+SUFFIX = "-onnx"
 BITS = (4, 8)
 GROUPS = (32, 64, 128)
 # a page: what runtimes map at a time (onnx.proto, external_data); smaller tensors share pages
 _PAGE = 4096
 _SMALL = 64
+_HOW_TO_RUN = """\
+pip install onnxruntime-genai
+python -c "
+import onnxruntime_genai as og
+model = og.Model('FOLDER')
+tokenizer = og.Tokenizer(model)
+generator = og.Generator(model, og.GeneratorParams(model))
+generator.append_tokens(tokenizer.encode('...'))
+while not generator.is_done():
+    generator.generate_next_token()
+print(tokenizer.decode(generator.get_sequence(0)))
+"
+"""
 _SEARCH_KEYS = ("temperature", "top_k", "top_p", "repetition_penalty")
 
 
@@ -101,11 +116,19 @@ def layout(plan: Plan, assets: Assets) -> BuildLayout:
         (offsets[t.name], t.constant) for t in builder.tensors if t.constant is not None
     )
     pieces = tuple(p for t in builder.tensors for p in _pieces(t, offsets))
+    card = model_card(
+        plan,
+        assets,
+        library="onnx",
+        runtime="onnxruntime 1.31 or later, onnxruntime-genai 0.18 or later",
+        how_to_run=_HOW_TO_RUN,
+    )
     files = [
         text_file(MODEL_FILE, model),
         FileLayout(DATA_FILE, size, constants, pieces),
-        text_file("genai_config.json", _json(_genai_config(plan, assets))),
-        text_file("config.json", _json(_config(assets))),
+        text_file("genai_config.json", as_json(_genai_config(plan, assets))),
+        text_file("config.json", as_json(_config(assets))),
+        text_file("README.md", card),
     ]
     taken = {file.path for file in files}
     files += [text_file(n, c) for n, c in sorted(assets.files.items()) if n not in taken]
@@ -144,10 +167,6 @@ def _pieces(tensor: DataTensor, offsets: dict[str, int]) -> Iterator[Piece]:
         nbytes = tensor.nbytes // len(tensor.parts)
         offset = offsets[tensor.name] + index * nbytes
         yield Piece(offset, nbytes, part.sources, part.pack)
-
-
-def _json(content: dict[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _config(assets: Assets) -> dict[str, Any]:

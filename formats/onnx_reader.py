@@ -1,6 +1,5 @@
 """Reads an ONNX build back under checkpoint names: proto with onnx, data file memory-mapped."""
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +11,9 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from lfmq.formats.hf_config import parse_geometry, read_config
 from lfmq.formats.onnx_tensors import unpack
-from lfmq.quant.errors import ValidationError
+from lfmq.quant.errors import CheckpointError, ValidationError
 from lfmq.quant.types import Geometry, Scheme
 
 MODEL_FILE = "model.onnx"
@@ -40,7 +40,7 @@ class OnnxReader:
         self._stacks: dict[str, dict[int, tuple[str, int]]] = {}
         for node in self._graph.node:
             self._note(node)
-        self.geometry = self._graph_facts(_config_geometry(path / "config.json"))
+        self.geometry = self._graph_facts(_config_geometry(path))
 
     def _map_data(self) -> NDArray[np.uint8]:
         """The data file, after checking that every tensor lies inside it."""
@@ -169,35 +169,6 @@ def _place(tensor: TensorProto) -> tuple[int, int]:
 
 def _config_geometry(path: Path) -> Geometry:
     try:
-        config: dict[str, Any] = json.loads(path.read_bytes())
-        return _parse_geometry(config)
-    except (OSError, ValueError) as error:
-        raise ValidationError(f"{path}: cannot be read ({error})") from error
-    except KeyError as error:
-        raise ValidationError(f"{path}: key {error} is missing") from error
-
-
-def _parse_geometry(config: dict[str, Any]) -> Geometry:
-    sizes = (
-        "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
-        "num_dense_layers", "num_experts", "num_experts_per_tok", "num_attention_heads",
-        "num_key_value_heads", "conv_L_cache", "vocab_size", "max_position_embeddings",
-    )  # fmt: skip
-    options = ("norm_topk_prob", "use_expert_bias", "routed_scaling_factor")
-    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    rope = config.get("rope_parameters") or config
-    return Geometry(
-        **{key: config[key] for key in sizes},
-        **{key: config[key] for key in options if key in config},
-        bos_token_id=_first(config.get("bos_token_id")),
-        eos_token_id=_first(config.get("eos_token_id")),
-        pad_token_id=_first(config.get("pad_token_id")),
-        head_dim=head_dim,
-        norm_eps=config["norm_eps"],
-        rope_theta=rope["rope_theta"],
-        layer_types=tuple(config["layer_types"]),
-    )
-
-
-def _first(token: int | list[int] | None) -> int | None:
-    return token[0] if isinstance(token, list) else token
+        return parse_geometry(read_config(path), path / "config.json")
+    except CheckpointError as error:
+        raise ValidationError(str(error)) from error

@@ -84,7 +84,7 @@ class BuildWriter:
                             f"{path} at {piece.offset}: {content.nbytes} bytes for a piece of "
                             f"{piece.nbytes} ({', '.join(piece.sources)})"
                         )
-                    _write_all(self._files[path], memoryview(content), piece.offset)
+                    _write_all(self._files[path], content.data, piece.offset)
                     self._pending -= 1
         except OSError as error:
             raise self._explain(error) from error

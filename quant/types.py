@@ -53,7 +53,7 @@ class Geometry:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    conv_L_cache: int  # noqa: N815 - the config's own spelling
+    conv_L_cache: int  # the config's own spelling
     vocab_size: int
     max_position_embeddings: int
     norm_eps: float

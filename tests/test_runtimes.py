@@ -27,15 +27,20 @@ from lfmq.formats.registry import FORMATS
 
 RUNNER = Path(__file__).parent / "runners" / "llama_cpp.py"
 NEW_TOKENS = 24
+END_OF_TURN = 4
 QUESTIONS = (
     "What is the weather in Tokyo in celsius?",
     "Book a meeting with Kofi on Friday at 9:15.",
     "What is 17 + 14?",
 )
-# Share of positions where the runtime may rank another token first. llama.cpp rounds
-# activations to int8 in every quantized product, QMoE does so for 8-bit blocks (ONNX Runtime
-# 1.32), MLX computes in float16; the greedy positions themselves must all agree.
-LOGIT_TOLERANCE = {"gguf": 2.0, "mlx": 0.25, "onnx": 1e-3, "onnx-int8": 2.0}
+# Median over generated positions of the largest logit difference; logits span about 30.
+# llama.cpp rounds activations to int8 in every quantized product, ONNX Runtime 1.32 in QMoE's
+# blocks of 8 bits; MLX computes in the float16 of the file's scales. A rounded router score may
+# send a token to another expert, which moves that position's logits by 1 to 3: therefore the
+# median, and greedy tokens that must agree at every position.
+MEDIAN_TOLERANCE = {"gguf": 0.5, "mlx": 0.1, "onnx-int8": 0.5}
+# float32 arithmetic in another order: no position may differ by more.
+FLOAT32_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -81,20 +86,19 @@ def _case(model: Any, tokenizer: Tokenizer, question: str) -> Case:
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
             max_new_tokens=NEW_TOKENS,
             do_sample=False,
-            eos_token_id=4,
+            eos_token_id=END_OF_TURN,
             pad_token_id=0,
         )
         logits = model(tokens).logits[0].numpy()
     return Case(prompt, tokens[0].tolist(), logits)
 
 
-def check(case: Case, logits: NDArray[np.float32], tolerance: float) -> None:
-    """Greedy tokens equal, and all logits within the runtime's own arithmetic."""
+def difference(case: Case, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The largest logit difference of each generated position; greedy tokens must be equal."""
     generated = slice(len(case.prompt) - 1, len(case.tokens) - 1)
-    np.testing.assert_array_equal(
-        logits[generated].argmax(-1), case.tokens[len(case.prompt) :], strict=False
-    )
-    assert np.abs(logits[generated] - case.logits[generated]).max() <= tolerance
+    greedy = logits[generated].argmax(-1)
+    np.testing.assert_array_equal(greedy, case.tokens[len(case.prompt) :])
+    return np.abs(logits[generated] - case.logits[generated]).max(-1)
 
 
 def test_readers_agree(builds: dict[str, Path], sample_folder: Path) -> None:
@@ -102,8 +106,13 @@ def test_readers_agree(builds: dict[str, Path], sample_folder: Path) -> None:
     checkpoint = open_checkpoint(sample_folder)
     for name in checkpoint.stored:
         expected = readers["gguf"].read(name)
-        for other in ("mlx", "onnx"):
-            np.testing.assert_array_equal(readers[other].read(name), expected, err_msg=name)
+        np.testing.assert_array_equal(readers["onnx"].read(name), expected, err_msg=name)
+        found = readers["mlx"].read(name)
+        if name.endswith(("norm.weight", "conv.conv.weight")):
+            # MLX keeps them as float16: bfloat16 values below 2^-17 round to a multiple of 2^-24
+            np.testing.assert_allclose(found, expected, rtol=0, atol=2**-25, err_msg=name)
+        else:
+            np.testing.assert_array_equal(found, expected, err_msg=name)
 
 
 def test_llama_cpp(builds: dict[str, Path], cases: list[Case], tmp_path: Path) -> None:
@@ -114,7 +123,8 @@ def test_llama_cpp(builds: dict[str, Path], cases: list[Case], tmp_path: Path) -
         command = [sys.executable, str(RUNNER), *map(str, paths)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
-        check(case, np.load(tmp_path / "logits.npy"), LOGIT_TOLERANCE["gguf"])
+        found = difference(case, np.load(tmp_path / "logits.npy"))
+        assert np.median(found) < MEDIAN_TOLERANCE["gguf"]
 
 
 def test_mlx_lm(builds: dict[str, Path], cases: list[Case]) -> None:
@@ -123,7 +133,11 @@ def test_mlx_lm(builds: dict[str, Path], cases: list[Case]) -> None:
     model, _ = utils.load_model(builds["mlx"])
     for case in cases:
         logits = np.array(model(mx.array([case.tokens]))[0].astype(mx.float32))
-        check(case, logits, LOGIT_TOLERANCE["mlx"])
+        assert np.median(difference(case, logits)) < MEDIAN_TOLERANCE["mlx"]
+    model.set_dtype(mx.float32)
+    for case in cases:
+        logits = np.array(model(mx.array([case.tokens]))[0])
+        assert difference(case, logits).max() < FLOAT32_TOLERANCE
 
 
 def test_onnxruntime(builds: dict[str, Path], cases: list[Case], recipe: str) -> None:
@@ -132,13 +146,18 @@ def test_onnxruntime(builds: dict[str, Path], cases: list[Case], recipe: str) ->
     empty = {}
     for i in session.get_inputs():
         if i.name.startswith("past"):
-            shape = [d if isinstance(d, int) else (1 if n == 0 else 0) for n, d in enumerate(i.shape)]
+            shape = [
+                d if isinstance(d, int) else (1 if n == 0 else 0) for n, d in enumerate(i.shape)
+            ]
             empty[i.name] = np.zeros(shape, np.float32)
-    tolerance = LOGIT_TOLERANCE["onnx-int8" if recipe == "int8" else "onnx"]
     for case in cases:
         ids = np.array([case.tokens], np.int64)
         feed = {"input_ids": ids, "attention_mask": np.ones_like(ids), **empty}
-        check(case, session.run(["logits"], feed)[0][0], tolerance)
+        found = difference(case, session.run(["logits"], feed)[0][0])
+        if recipe == "int8":
+            assert np.median(found) < MEDIAN_TOLERANCE["onnx-int8"]
+        else:
+            assert found.max() < FLOAT32_TOLERANCE
 
 
 def test_onnxruntime_genai(builds: dict[str, Path], cases: list[Case]) -> None:
@@ -151,4 +170,7 @@ def test_onnxruntime_genai(builds: dict[str, Path], cases: list[Case]) -> None:
         generator.append_tokens(np.array([case.prompt], np.int32))
         while not generator.is_done():
             generator.generate_next_token()
-        assert generator.get_sequence(0).tolist()[: len(case.tokens)] == case.tokens
+        expected = case.tokens
+        if expected[-1] == END_OF_TURN:  # genai stops at it and leaves it out
+            expected = expected[:-1]
+        assert generator.get_sequence(0).tolist()[: len(expected)] == expected

@@ -1,1 +1,1 @@
-"""Evidence: opens what was written and compares it with the reference."""
+"""Evidence: what was written, opened again and compared with the reference."""

@@ -22,10 +22,16 @@ from lfmq.quant.errors import CheckpointError
 # The format's own limit on a header; a length beyond it is damage or an attack.
 MAX_HEADER_BYTES = 100_000_000
 
-DTYPES: dict[str, np.dtype[Any]] = {
+FLOAT_DTYPES: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
     "F32": np.dtype(np.float32),
+}
+DTYPES = FLOAT_DTYPES | {
+    "U8": np.dtype(np.uint8),
+    "I32": np.dtype(np.int32),
+    "U32": np.dtype(np.uint32),
+    "I64": np.dtype(np.int64),
 }
 
 
@@ -102,6 +108,24 @@ def _check_coverage(path: Path, tensors: dict[str, StoredTensor], start: int, si
         )
 
 
+def part_of(tensor: StoredTensor, index: int) -> StoredTensor:
+    """One slice of the first axis, an expert of a stack."""
+    nbytes = tensor.nbytes // tensor.shape[0]
+    return StoredTensor(
+        tensor.path, tensor.dtype, tensor.shape[1:], tensor.offset + index * nbytes, nbytes
+    )
+
+
+def read_floats(tensor: StoredTensor) -> NDArray[np.float32]:
+    """A float tensor as float32, which holds bfloat16 and float16 exactly."""
+    values = read_tensor(tensor)
+    if values.dtype == ml_dtypes.bfloat16:
+        wide = values.view(np.uint16).astype(np.uint32)
+        wide <<= 16
+        return wide.view(np.float32)
+    return values.astype(np.float32, copy=False)
+
+
 def read_tensor(tensor: StoredTensor) -> NDArray[Any]:
     """The tensor's values in its own dtype (bfloat16 through ml_dtypes).
 
@@ -109,7 +133,7 @@ def read_tensor(tensor: StoredTensor) -> NDArray[Any]:
         CheckpointError: the file changed since its header was read, or cannot be read.
     """
     content = np.empty(tensor.nbytes, np.uint8)
-    view = memoryview(content)
+    view = content.data
     try:
         descriptor = os.open(tensor.path, os.O_RDONLY | os.O_CLOEXEC)
         try:

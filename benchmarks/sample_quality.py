@@ -1,0 +1,51 @@
+"""Quality of the built-in recipes on the sample: the table of README.md.
+
+Converts the sample to GGUF with each recipe and validates the files on its held-out text, in
+windows as long as those it was trained on.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+
+from lfmq.converter.checkpoint import open_checkpoint
+from lfmq.converter.convert import convert
+from lfmq.converter.locate import sample_file
+from lfmq.converter.plan import resolve_plan
+from lfmq.converter.recipe import load_recipe
+from lfmq.converter.text import load_windows
+from lfmq.formats.registry import FORMATS
+from lfmq.validation.tables import report_table
+from lfmq.validation.validate import validate
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--recipe", action="append", help="default: int8, int4, int4-all")
+    parser.add_argument("--format", default="gguf", choices=sorted(FORMATS))
+    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--sequence", type=int, default=256)
+    options = parser.parse_args()
+    sample = open_checkpoint(sample_file())
+    chosen = {options.format: FORMATS[options.format]}
+    with tempfile.TemporaryDirectory() as folder:
+        paths = []
+        for name in options.recipe or ("int8", "int4", "int4-all"):
+            recipe = load_recipe(name)
+            plan = resolve_plan(sample.geometry, recipe)
+            paths += [b.path for b in convert(sample, recipe, plan, chosen, Path(folder))]
+        windows = load_windows(
+            [sample_file("evaluation.jsonl")],
+            sample.assets,
+            sample.geometry,
+            tokens=options.tokens,
+            sequence=options.sequence,
+        )
+        Console(width=120).print(report_table(validate(sample, paths, windows)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,320 @@
+"""The reference forward pass of ``lfm2_moe``, one layer in memory, weights read when needed.
+
+The arithmetic follows transformers' ``Lfm2MoeForCausalLM`` (models/lfm2_moe/modeling_lfm2_moe.py,
+5.23): logits agree within 1e-4 in float32 and the same experts are selected. Unlike there, an
+expert's matrices are read, used on all its tokens and dropped, so that a model of any size runs in
+the memory of its hidden states and its largest matrix.
+
+Shapes: W windows, S tokens a window, T = W * S, H hidden size, E experts, k experts a token.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from lfmq.quant.errors import ValidationError
+from lfmq.quant.types import Geometry
+
+ReadWeight = Callable[[str], NDArray[np.float32]]
+Observe = Callable[[tuple[str, ...], torch.Tensor, torch.Tensor | None], None]
+
+# transformers adds it to the sum of the chosen experts' weights before dividing by it
+_SUM_EPSILON = 1e-6
+# Tokens that go through attention or convolution together; bounds their temporary tensors.
+_TOKENS_AT_ONCE = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """Where a forward pass takes its weights from and how it computes.
+
+    Attributes:
+        geometry: the model's facts.
+        read: gives a tensor by its checkpoint name, float32.
+        dtype: of weights and hidden states.
+        device: where matrices are multiplied.
+    """
+
+    geometry: Geometry
+    read: ReadWeight
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+
+    def weight(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A tensor of the model in its dtype (or another) on its device."""
+        values = np.ascontiguousarray(self.read(name))
+        if not values.flags.writeable:
+            values = values.copy()
+        return torch.from_numpy(values).to(self.device, dtype or self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """What the router of one layer decided for T tokens.
+
+    Attributes:
+        selected: int64 [T, k], chosen experts, most likely first.
+        affinity: [T, k], the weights their outputs are mixed with.
+        margin: float32 [T], score of the last chosen expert minus that of the first rejected.
+    """
+
+    selected: torch.Tensor
+    affinity: torch.Tensor
+    margin: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """A model's run over windows of tokens.
+
+    Attributes:
+        hidden: [W, S, H] after the final norm; the head turns them into logits.
+        routing: by MoE layer.
+    """
+
+    hidden: torch.Tensor
+    routing: dict[int, Routing]
+
+
+@torch.inference_mode()
+def run_model(
+    model: Model,
+    ids: NDArray[np.int64],
+    *,
+    observe: Observe | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Trace:
+    """Run windows of token ids through the whole model.
+
+    Args:
+        model: weights, dtype and device.
+        ids: [W, S]; windows do not see each other.
+        observe: called with the names of weights that share an input, that input [n, K], and for
+            experts the weight [n] the token gave them.
+        progress: called with 1 and the number of layers after each layer.
+
+    Raises:
+        ValidationError: a layer's output is not finite, or an id is outside the vocabulary.
+    """
+    states = embed(model, ids)
+    routing = {}
+    for layer in range(model.geometry.num_hidden_layers):
+        states, decided = run_layer(model, layer, states, observe)
+        if decided is not None:
+            routing[layer] = decided
+        if progress is not None:
+            progress(1, model.geometry.num_hidden_layers)
+    norm = model.weight("model.embedding_norm.weight")
+    return Trace(_rms_norm(states, norm, model.geometry.norm_eps), routing)
+
+
+@torch.inference_mode()
+def embed(model: Model, ids: NDArray[np.int64]) -> torch.Tensor:
+    """Hidden states [W, S, H] before the first layer.
+
+    Raises:
+        ValidationError: an id is outside the vocabulary.
+    """
+    vocab_size = model.geometry.vocab_size
+    if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+        raise ValidationError(
+            f"the text's tokens reach id {int(ids.max())}, the model's vocabulary has "
+            f"{vocab_size}; the tokenizer belongs to another model"
+        )
+    table = model.read("model.embed_tokens.weight")
+    return torch.from_numpy(table[ids]).to(model.device, model.dtype)
+
+
+@torch.inference_mode()
+def run_layer(
+    model: Model, layer: int, states: torch.Tensor, observe: Observe | None = None
+) -> tuple[torch.Tensor, Routing | None]:
+    """Hidden states [W, S, H] after a layer, and what its router decided, if it has one.
+
+    Raises:
+        ValidationError: the result is not finite.
+    """
+    states = mix_tokens(model, layer, states, observe)
+    return feed_forward(model, layer, states, observe)
+
+
+@torch.inference_mode()
+def mix_tokens(
+    model: Model, layer: int, states: torch.Tensor, observe: Observe | None = None
+) -> torch.Tensor:
+    """The first half of a layer: attention or gated short convolution, added to ``states``."""
+    g = model.geometry
+    prefix = f"model.layers.{layer}."
+    norm = model.weight(prefix + "operator_norm.weight")
+    build = _convolution if g.layer_types[layer] == "conv" else _attention
+    mixer = build(model, prefix, states.shape[1], observe)
+    mixed = torch.empty_like(states)
+    for part in _batches(states):
+        mixed[part] = states[part] + mixer(_rms_norm(states[part], norm, g.norm_eps))
+    _check_finite(mixed, layer, "attention" if build is _attention else "convolution")
+    return mixed
+
+
+@torch.inference_mode()
+def feed_forward(
+    model: Model, layer: int, states: torch.Tensor, observe: Observe | None = None
+) -> tuple[torch.Tensor, Routing | None]:
+    """The second half of a layer: dense or routed FFN, added to ``states``."""
+    prefix = f"model.layers.{layer}."
+    norm = model.weight(prefix + "ffn_norm.weight")
+    x = _rms_norm(states, norm, model.geometry.norm_eps).flatten(0, 1)
+    prefix += "feed_forward."
+    routing = None
+    if layer < model.geometry.num_dense_layers:
+        out = _swiglu(model, prefix, x, None, observe)
+    else:
+        routing = route(model, layer, x)
+        out = _experts(model, prefix, x, routing, observe)
+    states = states + out.view_as(states)
+    _check_finite(states, layer, "feed-forward")
+    return states, routing
+
+
+def route(model: Model, layer: int, x: torch.Tensor) -> Routing:
+    """The router's decision for normed hidden states [T, H].
+
+    Experts are chosen by sigmoid score plus ``expert_bias``; their outputs are mixed with the
+    scores alone, divided by their sum when ``norm_topk_prob``, times ``routed_scaling_factor``.
+    """
+    g = model.geometry
+    prefix = f"model.layers.{layer}.feed_forward."
+    scores = F.linear(x, model.weight(prefix + "gate.weight")).sigmoid()  # [T, E]
+    biased = scores
+    if g.use_expert_bias:
+        biased = scores + model.weight(prefix + "expert_bias", torch.float32)
+    k = g.num_experts_per_tok
+    best = torch.topk(biased, min(k + 1, g.num_experts), dim=-1)
+    selected = best.indices[:, :k]
+    affinity = scores.gather(1, selected)
+    if g.norm_topk_prob:
+        affinity = affinity / (affinity.sum(-1, keepdim=True) + _SUM_EPSILON)
+    margin = best.values[:, k - 1] - best.values[:, -1]
+    return Routing(selected, affinity * g.routed_scaling_factor, margin.float())
+
+
+def _experts(
+    model: Model, prefix: str, x: torch.Tensor, routing: Routing, observe: Observe | None
+) -> torch.Tensor:
+    out = torch.zeros_like(x)
+    for expert in range(model.geometry.num_experts):
+        token, place = torch.where(routing.selected == expert)
+        if not len(token):
+            continue
+        affinity = routing.affinity[token, place]
+        y = _swiglu(model, f"{prefix}experts.{expert}.", x[token], affinity, observe)
+        out.index_add_(0, token, y * affinity[:, None])
+    return out
+
+
+def _swiglu(
+    model: Model,
+    prefix: str,
+    x: torch.Tensor,
+    affinity: torch.Tensor | None,
+    observe: Observe | None,
+) -> torch.Tensor:
+    """w2(silu(w1 x) * w3 x)."""
+    gate, up, down = (f"{prefix}{part}.weight" for part in ("w1", "w3", "w2"))
+    if observe is not None:
+        observe((gate, up), x, affinity)
+    inner = F.silu(F.linear(x, model.weight(gate))).mul_(F.linear(x, model.weight(up)))
+    if observe is not None:
+        observe((down,), inner, affinity)
+    return F.linear(inner, model.weight(down))
+
+
+def _convolution(
+    model: Model, prefix: str, length: int, observe: Observe | None
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Gated short convolution: ``out_proj(C * conv(B * x))``, in_proj's chunks being B, C, x."""
+    g = model.geometry
+    names = tuple(f"{prefix}conv.{part}.weight" for part in ("in_proj", "conv", "out_proj"))
+    in_proj, kernel, out_proj = (model.weight(name) for name in names)
+
+    def mix(x: torch.Tensor) -> torch.Tensor:
+        if observe is not None:
+            observe((names[0],), x.flatten(0, 1), None)
+        b, c, value = F.linear(x, in_proj).chunk(3, dim=-1)
+        gated = (b * value).transpose(1, 2)  # [W, H, S]
+        gated = F.conv1d(F.pad(gated, (g.conv_L_cache - 1, 0)), kernel, groups=g.hidden_size)
+        y = c * gated.transpose(1, 2)
+        if observe is not None:
+            observe((names[2],), y.flatten(0, 1), None)
+        return F.linear(y, out_proj)
+
+    return mix
+
+
+def _attention(
+    model: Model, prefix: str, length: int, observe: Observe | None
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Grouped-query attention with RMS-normed heads and half-split rotary positions."""
+    g = model.geometry
+    prefix += "self_attn."
+    names = tuple(f"{prefix}{part}_proj.weight" for part in ("q", "k", "v", "out"))
+    query, key, value, out = (model.weight(name) for name in names)
+    q_norm = model.weight(prefix + "q_layernorm.weight")
+    k_norm = model.weight(prefix + "k_layernorm.weight")
+    cos, sin = _rotary(model, length)
+
+    def heads(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, weight).view(*x.shape[:2], -1, g.head_dim).transpose(1, 2)
+
+    def mix(x: torch.Tensor) -> torch.Tensor:
+        if observe is not None:
+            observe(names[:3], x.flatten(0, 1), None)
+        q = _rotate(_rms_norm(heads(x, query), q_norm, g.norm_eps), cos, sin)
+        k = _rotate(_rms_norm(heads(x, key), k_norm, g.norm_eps), cos, sin)
+        y = F.scaled_dot_product_attention(
+            q, k, heads(x, value), is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        y = y.transpose(1, 2).flatten(2)
+        if observe is not None:
+            observe(names[3:], y.flatten(0, 1), None)
+        return F.linear(y, out)
+
+    return mix
+
+
+def _rotary(model: Model, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines [S, head_dim], computed in float32 as transformers does."""
+    g = model.geometry
+    exponent = torch.arange(0, g.head_dim, 2, dtype=torch.float32) / g.head_dim
+    angle = torch.arange(length, dtype=torch.float32)[:, None] / g.rope_theta**exponent
+    angle = torch.cat((angle, angle), dim=-1).to(model.device)
+    return angle.cos().to(model.dtype), angle.sin().to(model.dtype)
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * wide.to(x.dtype)
+
+
+def _batches(states: torch.Tensor) -> Iterator[slice]:
+    step = max(1, _TOKENS_AT_ONCE // states.shape[1])
+    for start in range(0, states.shape[0], step):
+        yield slice(start, start + step)
+
+
+def _check_finite(states: torch.Tensor, layer: int, part: str) -> None:
+    if not torch.isfinite(states).all():
+        window = int((~torch.isfinite(states)).flatten(1).any(1).nonzero()[0])
+        raise ValidationError(
+            f"layer {layer}: the output of its {part} is not finite (window {window}); the "
+            "weights are damaged or overflow this dtype"
+        )

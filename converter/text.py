@@ -1,0 +1,237 @@
+"""Text to windows of tokens: plain text or JSONL, chats through the checkpoint's own template."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from lfmq.formats.build import Assets
+from lfmq.quant.errors import ValidationError
+from lfmq.quant.types import Geometry
+
+# Templates print today's date; evidence must not depend on the day it was gathered.
+_PINNED_DATE = "2025-01-01"
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A piece of text, rendered, and the domain it is reported under."""
+
+    domain: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """Token ids cut into windows of equal length.
+
+    Attributes:
+        ids: int64 [W, S].
+        domains: the domain of each window.
+        text_sha256: of the files the text came from.
+    """
+
+    ids: NDArray[np.int64]
+    domains: tuple[str, ...]
+    text_sha256: str
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens in all windows."""
+        return int(self.ids.size)
+
+
+def load_windows(
+    paths: Iterable[Path], assets: Assets, geometry: Geometry, *, tokens: int, sequence: int
+) -> Windows:
+    """Read text files and cut them into windows.
+
+    A domain's documents follow each other, each after the bos token, and every window starts with
+    it. Windows are taken from the domains in turn until ``tokens`` are reached, so that a part of
+    a long text has all its domains.
+
+    Args:
+        paths: plain text (the domain is the file's stem) or ``.jsonl`` with a ``text`` or
+            ``messages`` and an optional ``domain`` on each line.
+        assets: the tokenizer and chat template.
+        geometry: vocabulary size and bos token.
+        tokens: how many tokens to take, rounded down to whole windows, at least one.
+        sequence: tokens in a window.
+
+    Raises:
+        ValidationError: a file that cannot be read, a bad line, too little text.
+    """
+    paths = tuple(paths)
+    if sequence > geometry.max_position_embeddings:
+        raise ValidationError(
+            f"--sequence {sequence} is longer than the model's context of "
+            f"{geometry.max_position_embeddings} tokens"
+        )
+    documents = [d for path in paths for d in _read_documents(path, assets)]
+    streams = _tokenize(documents, assets, geometry)
+    start = () if geometry.bos_token_id is None else (geometry.bos_token_id,)
+    by_domain = {d: _cut(s, start, sequence) for d, s in streams.items()}
+    taken = list(_take_turns(by_domain, max(1, tokens // sequence)))
+    if not taken:
+        found = sum(len(s) for s in streams.values())
+        raise ValidationError(
+            f"{', '.join(map(str, paths))}: {found} tokens, fewer than one window of {sequence} "
+            "in any domain; give more text or a smaller --sequence"
+        )
+    digest = hashlib.sha256(b"".join(hashlib.sha256(p.read_bytes()).digest() for p in paths))
+    ids = np.stack([window for _, window in taken])
+    return Windows(ids, tuple(domain for domain, _ in taken), digest.hexdigest())
+
+
+def _take_turns(
+    by_domain: dict[str, list[NDArray[np.int64]]], count: int
+) -> Iterator[tuple[str, NDArray[np.int64]]]:
+    longest = max(map(len, by_domain.values()), default=0)
+    turns = ((d, w[i]) for i in range(longest) for d, w in by_domain.items() if i < len(w))
+    yield from (pair for pair, _ in zip(turns, range(count), strict=False))
+
+
+def _cut(
+    stream: NDArray[np.int64], start: tuple[int, ...], sequence: int
+) -> list[NDArray[np.int64]]:
+    """Windows of ``start`` and the stream's next tokens; a shorter rest is dropped."""
+    step = sequence - len(start)
+    head = np.array(start, np.int64)
+    ends = range(step, len(stream) + 1, step)
+    return [np.concatenate((head, stream[end - step : end])) for end in ends]
+
+
+def _tokenize(
+    documents: list[Document], assets: Assets, geometry: Geometry
+) -> dict[str, NDArray[np.int64]]:
+    tokenizer = load_tokenizer(assets)
+    streams: dict[str, list[int]] = {}
+    encoded = tokenizer.encode_batch([d.text for d in documents], add_special_tokens=False)
+    for document, encoding in zip(documents, encoded, strict=True):
+        ids = list(encoding.ids)
+        if geometry.bos_token_id is not None and ids[:1] != [geometry.bos_token_id]:
+            ids.insert(0, geometry.bos_token_id)
+        if max(ids, default=0) >= geometry.vocab_size:
+            raise ValidationError(
+                f"{assets.folder / 'tokenizer.json'}: gives id {max(ids)}, the config's "
+                f"vocab_size is {geometry.vocab_size}; the tokenizer belongs to another model"
+            )
+        streams.setdefault(document.domain, []).extend(ids)
+    return {domain: np.array(ids, np.int64) for domain, ids in streams.items()}
+
+
+def load_tokenizer(assets: Assets) -> Tokenizer:
+    """The checkpoint's tokenizer.
+
+    Raises:
+        ValidationError: there is none, or it cannot be parsed.
+    """
+    path = assets.folder / "tokenizer.json"
+    if "tokenizer.json" not in assets.files:
+        raise ValidationError(f"{path}: not found; text cannot be tokenized without it")
+    try:
+        return Tokenizer.from_str(assets.files["tokenizer.json"].decode())
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ValidationError(f"{path}: not a tokenizer ({error})") from error
+
+
+def _read_documents(path: Path, assets: Assets) -> list[Document]:
+    try:
+        content = path.read_text("utf-8")
+    except OSError as error:
+        raise ValidationError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ValidationError(f"{path}: not UTF-8 text (byte {error.start})") from error
+    if not content.strip():
+        raise ValidationError(f"{path}: is empty")
+    if path.suffix != ".jsonl":
+        return [Document(path.stem, content)]
+    render = ChatTemplate(assets)
+    lines = enumerate(content.split("\n"), 1)
+    return [_parse_line(path, n, line, render) for n, line in lines if line.strip()]
+
+
+def _parse_line(path: Path, number: int, line: str, render: "ChatTemplate") -> Document:
+    where = f"{path}, line {number}"
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValidationError(f"{where}: not JSON ({error})") from error
+    if not isinstance(record, dict) or not isinstance(record.get("domain", ""), str):
+        raise ValidationError(f"{where}: expected an object with a text or messages")
+    domain = record.get("domain", path.stem)
+    if isinstance(record.get("text"), str):
+        return Document(domain, record["text"])
+    if isinstance(record.get("messages"), list):
+        return Document(domain, render(record["messages"], record.get("tools"), where=where))
+    raise ValidationError(f"{where}: has neither a 'text' string nor a 'messages' list")
+
+
+class ChatTemplate:
+    """The checkpoint's chat template in a sandbox, with the names templates rely on."""
+
+    def __init__(self, assets: Assets) -> None:
+        config = _tokenizer_config(assets)
+        source = assets.files.get("chat_template.jinja")
+        self._source = source.decode() if source else config.get("chat_template")
+        self._where = assets.folder
+        self._tokens = {
+            key: value["content"] if isinstance(value, dict) else value
+            for key, value in config.items()
+            if key.endswith("_token")
+        }
+
+    def __call__(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        *,
+        where: str = "messages",
+        add_generation_prompt: bool = False,
+    ) -> str:
+        """A chat as text.
+
+        Raises:
+            ValidationError: there is no template, or it refuses the messages.
+        """
+        if not isinstance(self._source, str):
+            raise ValidationError(
+                f"{where}: has messages, but {self._where} has no chat template to render them"
+            )
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = lambda pattern: _PINNED_DATE
+        try:
+            return environment.from_string(self._source).render(
+                messages=messages,
+                tools=tools,
+                add_generation_prompt=add_generation_prompt,
+                **self._tokens,
+            )
+        except (TemplateError, TypeError, KeyError, IndexError, RecursionError) as error:
+            raise ValidationError(f"{where}: the chat template failed ({error!r})") from error
+
+
+def _tokenizer_config(assets: Assets) -> dict[str, Any]:
+    config = json.loads(assets.files.get("tokenizer_config.json", b"{}"))
+    return config if isinstance(config, dict) else {}
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    """As transformers does: jinja's own would escape for HTML."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(message)

@@ -1,0 +1,215 @@
+"""MLX for mlx-lm: a folder of safetensors with a quantized ``lfm2_moe``.
+
+A quantized module is three tensors: ``weight`` (uint32, codes as a little-endian bit stream along
+the row), ``scales`` and ``biases`` (float16), with ``w = scale * code + bias``. The symmetric grid
+is ``bias = -2 ** (bits - 1) * scale``, exact in float16. docs/mlx.md lists files and names.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from lfmq.formats.build import Assets, BuildLayout, Bytes, Piece, as_bytes, as_json, text_file
+from lfmq.formats.card import model_card
+from lfmq.formats.mlx_names import module_path
+from lfmq.formats.mlx_reader import open_reader as open_reader
+from lfmq.formats.safetensors_layout import TensorLayout, shard_files
+from lfmq.quant.errors import UnsupportedError
+from lfmq.quant.types import FLOAT_ROLES, Entry, Plan, Quantized, Role, Scheme
+
+NAME = "mlx"
+SUFFIX = "-mlx"
+BITS = (4, 8)
+GROUPS = (32, 64, 128)
+
+# Activations take the dtype of norms and scales; the router's scores decide in float32.
+_FLOAT16_ROLES = (Role.NORM, Role.CONV_KERNEL)
+_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_HOW_TO_RUN = """\
+pip install mlx-lm
+mlx_lm.generate --model FOLDER --prompt "..."
+"""
+
+
+def check(plan: Plan, assets: Assets) -> None:
+    """Refuse what mlx-lm's ``lfm2_moe`` cannot hold or would compute otherwise.
+
+    Raises:
+        UnsupportedError: the setting or tensor, and which formats can hold it.
+    """
+    g = plan.geometry
+    if g.head_dim * g.num_attention_heads != g.hidden_size:
+        raise UnsupportedError(
+            f"config.json: head_dim {g.head_dim} x {g.num_attention_heads} heads is not "
+            f"hidden_size {g.hidden_size}, which mlx-lm derives it from; use onnx"
+        )
+    if not g.attention_layers or not g.conv_layers:
+        raise UnsupportedError(
+            "config.json: layer_types has only one kind, mlx-lm needs an attention and a conv "
+            "layer; use onnx"
+        )
+    for entry in plan.entries:
+        _check_entry(entry)
+    for _, entries in _modules(plan):
+        _check_stack(entries)
+
+
+def _check_entry(entry: Entry) -> None:
+    scheme = entry.scheme
+    if scheme is None:
+        return
+    if entry.role in FLOAT_ROLES:
+        raise UnsupportedError(f"{entry.name}: {scheme} asked for, mlx keeps it as floats")
+    if scheme.grid != "symmetric":
+        raise UnsupportedError(
+            f"{entry.name}: mlx holds the symmetric grid, the plan asks for {scheme.grid!r}"
+        )
+    if scheme.bits not in BITS:
+        raise UnsupportedError(
+            f"{entry.name}: mlx holds codes of 4 or 8 bits, the plan asks for {scheme.bits}"
+        )
+    if scheme.group not in GROUPS or entry.shape[-1] % scheme.group:
+        raise UnsupportedError(
+            f"{entry.name}: groups of {scheme.group} in rows of {entry.shape[-1]}; mlx takes "
+            "groups of 32, 64 or 128 that divide the row"
+        )
+
+
+def _check_stack(entries: tuple[Entry, ...]) -> None:
+    for entry in entries:
+        if entry.storage != entries[0].storage:
+            raise UnsupportedError(
+                f"{entry.name}: {entry.storage} beside {entries[0].storage} of "
+                f"{entries[0].name}; mlx stacks a layer's experts in one width, use onnx or "
+                "compressed-tensors for widths of single experts"
+            )
+
+
+def layout(plan: Plan, assets: Assets) -> BuildLayout:
+    """Safetensors files, index, config, the tokenizer's files and the model card."""
+    return sharded_layout(plan, assets)
+
+
+def sharded_layout(plan: Plan, assets: Assets, **options: int) -> BuildLayout:
+    """As :func:`layout`, with ``shard_nbytes`` for files smaller than mlx-lm's 5 GiB."""
+    tensors = [t for path, entries in _modules(plan) for t in _tensors(path, entries)]
+    weights = sum(e.size for e in plan.entries)
+    files = list(
+        shard_files(tensors, metadata={"format": "mlx"}, total_parameters=weights, **options)
+    )
+    files.append(text_file("config.json", as_json(_config(plan, assets))))
+    card = model_card(
+        plan, assets, library="mlx", runtime="mlx-lm 0.32.0 or later", how_to_run=_HOW_TO_RUN
+    )
+    files.append(text_file("README.md", card))
+    taken = {file.path for file in files}
+    files += [text_file(n, c) for n, c in sorted(assets.files.items()) if n not in taken]
+    return BuildLayout(NAME, tuple(files))
+
+
+def _modules(plan: Plan) -> Iterator[tuple[str, tuple[Entry, ...]]]:
+    """Module paths in file order with their entries; an expert stack has one for each expert."""
+    modules: dict[str, list[Entry]] = {}
+    for entry in plan.entries:
+        modules.setdefault(module_path(entry.name)[0], []).append(entry)
+    for path, entries in modules.items():
+        yield path, tuple(entries)
+
+
+def _tensors(path: str, entries: tuple[Entry, ...]) -> Iterator[TensorLayout]:
+    first = entries[0]
+    stack = () if first.expert is None else (len(entries),)
+    if first.scheme is None:
+        dtype = _float_dtype(first)
+        shape = first.shape
+        if first.role is Role.CONV_KERNEL:  # [H, 1, L] becomes [H, L, 1], the same bytes
+            shape = (shape[0], shape[2], 1)
+        name = path if first.role is Role.EXPERT_BIAS else f"{path}.weight"
+        yield _tensor(name, dtype, (*stack, *shape), entries, partial(_pack_float, dtype=dtype))
+        return
+    *rows, columns = first.shape
+    words, groups = columns * first.scheme.bits // 32, columns // first.scheme.group
+    parts = (
+        ("weight", "U32", words, _pack_codes),
+        ("scales", "F16", groups, _pack_scales),
+        ("biases", "F16", groups, _pack_biases),
+    )
+    for part, dtype, width, pack in parts:
+        yield _tensor(f"{path}.{part}", dtype, (*stack, *rows, width), entries, pack)
+
+
+def _tensor(
+    name: str, dtype: str, shape: tuple[int, ...], entries: tuple[Entry, ...], pack: Any
+) -> TensorLayout:
+    whole = TensorLayout(name, dtype, shape, ())
+    nbytes = whole.nbytes // len(entries)
+    pieces = tuple(Piece(i * nbytes, nbytes, (e.name,), pack) for i, e in enumerate(entries))
+    return TensorLayout(name, dtype, shape, pieces)
+
+
+def _float_dtype(entry: Entry) -> str:
+    if entry.role in _FLOAT16_ROLES:
+        return "F16"
+    return _DTYPES[str(entry.storage)]
+
+
+def _config(plan: Plan, assets: Assets) -> dict[str, Any]:
+    """The checkpoint's config with the scheme of every module; nothing is left to inference."""
+    schemes: dict[str, Scheme | None] = {}
+    for path, entries in _modules(plan):
+        if entries[0].role not in (*_FLOAT16_ROLES, Role.EXPERT_BIAS):
+            schemes[path] = entries[0].scheme
+    counts = Counter(s for s in schemes.values() if s is not None)
+    quantization: dict[str, Any] = {}
+    if counts:
+        quantization = _scheme_json(counts.most_common(1)[0][0]) | {
+            path: False if scheme is None else _scheme_json(scheme)
+            for path, scheme in schemes.items()
+        }
+    config = {k: v for k, v in assets.config.items() if k != "quantization_config"}
+    config |= {"layer_types": list(plan.geometry.layer_types)}
+    for key in ("norm_topk_prob", "use_expert_bias", "routed_scaling_factor"):
+        config[key] = getattr(plan.geometry, key)
+    config.setdefault("conv_bias", False)
+    if not quantization:
+        return config
+    return config | {"quantization": quantization, "quantization_config": quantization}
+
+
+def _scheme_json(scheme: Scheme) -> dict[str, Any]:
+    return {"group_size": scheme.group, "bits": scheme.bits, "mode": "affine"}
+
+
+def _pack_codes(q: Quantized) -> Bytes:
+    """Codes as a little-endian bit stream: of two 4-bit codes the first is the low half."""
+    if q.scheme.bits == 8:
+        return as_bytes(q.codes)
+    pairs = q.codes.reshape(-1, 2)
+    return np.bitwise_or(pairs[:, 0], np.left_shift(pairs[:, 1], np.uint8(4)))
+
+
+def _pack_scales(q: Quantized) -> Bytes:
+    return as_bytes(q.scale)
+
+
+def _pack_biases(q: Quantized) -> Bytes:
+    """-2 ** (bits - 1) times the scale; a power of two, so exact unless it overflows."""
+    with np.errstate(over="ignore"):
+        biases = q.scale * np.float16(-q.scheme.zero_point)
+    if not np.isfinite(biases).all():
+        raise UnsupportedError(
+            f"a scale of {float(np.abs(q.scale).max())} is too large for mlx, whose float16 bias "
+            f"is {q.scheme.zero_point} times it; use gguf or onnx"
+        )
+    return as_bytes(biases)
+
+
+def _pack_float(values: NDArray[np.float32], dtype: str) -> Bytes:
+    if dtype == "BF16":
+        return as_bytes(values.astype(ml_dtypes.bfloat16))
+    return as_bytes(values.astype(np.float16 if dtype == "F16" else np.float32))

@@ -1,0 +1,291 @@
+"""MLX builds read by mlx itself, by the safetensors library, by our reader, and run by mlx-lm."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from lfmq.formats import mlx
+from lfmq.formats.build import Assets
+from lfmq.formats.mlx_names import module_path
+from lfmq.formats.writer import BuildWriter
+from lfmq.quant.errors import UnsupportedError, ValidationError
+from lfmq.quant.types import Entry, Geometry, Plan, Quantized, Scheme, Weight, dequantize
+
+mx = pytest.importorskip("mlx.core")
+mlx_utils = pytest.importorskip("mlx_lm.utils")
+RandomWeight = Callable[[Entry], Weight]
+MakePlan = Callable[..., Plan]
+
+# mlx-lm computes in the dtype of the file's scales: activations are float16 (11 bits) through
+# four layers; random routers sit near ties, so a flip may move a logit by a few tenths.
+FLOAT16_LOGITS = 0.1
+# The same module cast to float32 leaves the order of sums and mlx's fast exp and rsqrt.
+FLOAT32_LOGITS = 1e-3
+
+
+def write(path: Path, plan: Plan, assets: Assets, weight: RandomWeight, **options: int) -> Path:
+    mlx.check(plan, assets)
+    with BuildWriter(path, mlx.sharded_layout(plan, assets, **options)) as writer:
+        for unit in plan.units():
+            writer.write({e.name: weight(e) for e in unit})
+        writer.commit()
+    return path
+
+
+def floats(weight: Weight) -> Any:
+    return dequantize(weight) if isinstance(weight, Quantized) else weight
+
+
+@pytest.fixture
+def build(
+    tmp_path: Path,
+    tiny_geometry: Geometry,
+    tiny_assets: Assets,
+    make_plan: MakePlan,
+    random_weight: RandomWeight,
+) -> Path:
+    return write(tmp_path / "a-mlx", make_plan(tiny_geometry), tiny_assets, random_weight)
+
+
+@pytest.mark.parametrize("group", [32, 64])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_mlx_dequantizes_exactly(
+    bits: int,
+    group: int,
+    tmp_path: Path,
+    tiny_geometry: Geometry,
+    tiny_assets: Assets,
+    make_plan: MakePlan,
+    random_weight: RandomWeight,
+) -> None:
+    plan = make_plan(tiny_geometry, experts=Scheme(bits, group), shared=Scheme(bits, group))
+    path = write(tmp_path / "a-mlx", plan, tiny_assets, random_weight)
+    tensors = mx.load(str(path / "model.safetensors"))
+    reader = mlx.open_reader(path)
+    assert reader.geometry == tiny_geometry
+    for entry in plan.entries:
+        expected = floats(random_weight(entry))
+        np.testing.assert_array_equal(reader.read(entry.name), expected, err_msg=entry.name)
+        if entry.scheme is None:
+            continue
+        module, expert = module_path(entry.name)
+        parts = (tensors[f"{module}.{p}"] for p in ("weight", "scales", "biases"))
+        code, scale, bias = (p if expert is None else p[expert] for p in parts)
+        scale, bias = scale.astype(mx.float32), bias.astype(mx.float32)
+        theirs = mx.dequantize(code, scale, bias, group_size=group, bits=bits)
+        np.testing.assert_array_equal(np.array(theirs), expected, err_msg=entry.name)
+
+
+def test_group_of_128_reads_back(
+    tmp_path: Path,
+    tiny_geometry: Geometry,
+    tiny_assets: Assets,
+    make_plan: MakePlan,
+    random_weight: RandomWeight,
+) -> None:
+    name = "model.layers.0.conv.in_proj.weight"
+    plan = make_plan(tiny_geometry, overrides={name: Scheme(4, 128)})
+    path = write(tmp_path / "a-mlx", plan, tiny_assets, random_weight)
+    entry = next(e for e in plan.entries if e.name == name)
+    np.testing.assert_array_equal(mlx.open_reader(path).read(name), floats(random_weight(entry)))
+    config = json.loads((path / "config.json").read_text())
+    assert config["quantization"]["model.layers.0.conv.in_proj"]["group_size"] == 128
+
+
+def test_the_safetensors_library_reads_names_shapes_and_dtypes(
+    build: Path, tiny_geometry: Geometry
+) -> None:
+    with safe_open(build / "model.safetensors", "np") as file:
+        assert file.metadata() == {"format": "mlx"}
+        found = {
+            k: (file.get_slice(k).get_dtype(), file.get_slice(k).get_shape())
+            for k in file.offset_keys()
+        }
+    prefix = "model.layers.2."
+    assert found[prefix + "feed_forward.switch_mlp.gate_proj.weight"] == ("U32", [6, 64, 16])
+    assert found[prefix + "feed_forward.switch_mlp.down_proj.scales"] == ("F16", [6, 128, 2])
+    assert found[prefix + "feed_forward.gate.weight"] == ("F32", [6, 128])
+    assert found[prefix + "feed_forward.expert_bias"] == ("F32", [6])
+    assert found[prefix + "conv.conv.weight"] == ("F16", [128, 3, 1])
+    assert found["model.layers.0.feed_forward.up_proj.weight"] == ("U32", [192, 32])
+    assert found["model.embedding_norm.weight"] == ("F16", [128])
+    assert not any("lm_head" in name for name in found)
+    index = json.loads((build / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(found)
+
+
+def test_golden_bytes_of_a_row() -> None:
+    codes = np.arange(32, dtype=np.uint8)[None] % 16
+    q = Quantized(codes, np.array([[0.5]], np.float16), Scheme(4))
+    assert mlx._pack_codes(q).tobytes().hex() == "1032547698badcfe" * 2
+    assert mlx._pack_scales(q).tobytes() == np.float16(0.5).tobytes()
+    assert mlx._pack_biases(q).tobytes() == np.float16(-4).tobytes()
+
+
+def test_a_scale_whose_bias_overflows_is_refused() -> None:
+    q = Quantized(np.zeros((1, 32), np.uint8), np.array([[600]], np.float16), Scheme(8))
+    with pytest.raises(UnsupportedError, match="too large for mlx"):
+        mlx._pack_biases(q)
+
+
+def expected_logits(model: Any, ids: Any) -> Any:
+    with torch.no_grad():
+        return model(torch.from_numpy(ids)).logits.numpy()
+
+
+def test_mlx_lm_computes_what_transformers_does(
+    build: Path,
+    tiny_geometry: Geometry,
+    tiny_assets: Assets,
+    transformers_model: Callable[..., Any],
+) -> None:
+    model, _ = mlx_utils.load_model(build)
+    ids = np.random.default_rng(2).integers(0, tiny_geometry.vocab_size, (1, 24))
+    expected = expected_logits(
+        transformers_model(tiny_assets.config, mlx.open_reader(build).read), ids
+    )
+    logits = np.array(model(mx.array(ids)).astype(mx.float32))
+    assert np.abs(logits - expected).max() < FLOAT16_LOGITS
+    model.set_dtype(mx.float32)
+    logits = np.array(model(mx.array(ids)))
+    assert np.abs(logits - expected).max() < FLOAT32_LOGITS
+    cache = model.make_cache()
+    steps = [np.array(model(mx.array(ids[:, i : i + 1]), cache=cache)) for i in range(24)]
+    assert np.abs(np.concatenate(steps, 1) - expected).max() < FLOAT32_LOGITS
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"norm_topk_prob": False}, {"routed_scaling_factor": 2.5}, {"use_expert_bias": False}],
+    ids=str,
+)
+def test_router_settings_hold(
+    change: dict[str, Any],
+    tmp_path: Path,
+    tiny_geometry: Geometry,
+    tiny_assets: Assets,
+    make_plan: MakePlan,
+    random_weight: RandomWeight,
+    transformers_model: Callable[..., Any],
+) -> None:
+    assets = replace(tiny_assets, config=tiny_assets.config | change)
+    plan = make_plan(replace(tiny_geometry, **change))
+    path = write(tmp_path / "a-mlx", plan, assets, random_weight)
+    model, _ = mlx_utils.load_model(path)
+    model.set_dtype(mx.float32)
+    ids = np.random.default_rng(2).integers(0, tiny_geometry.vocab_size, (1, 24))
+    expected = expected_logits(transformers_model(assets.config, mlx.open_reader(path).read), ids)
+    assert np.abs(np.array(model(mx.array(ids))) - expected).max() < FLOAT32_LOGITS
+
+
+def test_mixed_widths_and_floats_load(
+    tmp_path: Path,
+    tiny_geometry: Geometry,
+    tiny_assets: Assets,
+    make_plan: MakePlan,
+    random_weight: RandomWeight,
+) -> None:
+    overrides: dict[str, Any] = {
+        f"model.layers.3.feed_forward.experts.{e}.w2.weight": Scheme(8, 64) for e in range(6)
+    }
+    overrides["model.layers.1.self_attn.q_proj.weight"] = "bfloat16"
+    plan = make_plan(tiny_geometry, overrides=overrides)
+    path = write(tmp_path / "a-mlx", plan, tiny_assets, random_weight)
+    model, config = mlx_utils.load_model(path)
+    assert config["quantization"]["model.layers.1.self_attn.q_proj"] is False
+    down = model.layers[3].feed_forward.switch_mlp.down_proj
+    assert (down.bits, down.group_size) == (8, 64)
+    reader = mlx.open_reader(path)
+    for entry in plan.entries:
+        np.testing.assert_array_equal(reader.read(entry.name), floats(random_weight(entry)))
+
+
+def test_shards_hold_the_same_model(
+    build: Path,
+    tmp_path: Path,
+    tiny_geometry: Geometry,
+    tiny_assets: Assets,
+    make_plan: MakePlan,
+    random_weight: RandomWeight,
+) -> None:
+    plan = make_plan(tiny_geometry)
+    split = write(tmp_path / "b-mlx", plan, tiny_assets, random_weight, shard_nbytes=50_000)
+    files = sorted(p.name for p in split.glob("model*.safetensors"))
+    assert len(files) > 3
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    whole, parts = mlx.open_reader(build), mlx.open_reader(split)
+    for entry in plan.entries:
+        np.testing.assert_array_equal(parts.read(entry.name), whole.read(entry.name))
+    mlx_utils.load_model(split)
+
+
+def test_the_same_plan_gives_the_same_bytes(
+    build: Path,
+    tmp_path: Path,
+    tiny_geometry: Geometry,
+    tiny_assets: Assets,
+    make_plan: MakePlan,
+    random_weight: RandomWeight,
+) -> None:
+    again = write(tmp_path / "b-mlx", make_plan(tiny_geometry), tiny_assets, random_weight)
+    names = sorted(p.name for p in build.iterdir())
+    assert names == sorted(p.name for p in again.iterdir())
+    assert all((build / n).read_bytes() == (again / n).read_bytes() for n in names)
+    assert {"README.md", "tokenizer.json", "chat_template.jinja", "generation_config.json"} <= {
+        *names
+    }
+
+
+def test_widths_of_single_experts_are_refused(
+    tiny_geometry: Geometry, tiny_assets: Assets, make_plan: MakePlan
+) -> None:
+    name = "model.layers.2.feed_forward.experts.4.w1.weight"
+    plan = make_plan(tiny_geometry, overrides={name: Scheme(8)})
+    with pytest.raises(UnsupportedError, match=r"experts\.4.*onnx or compressed-tensors"):
+        mlx.check(plan, tiny_assets)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"head_dim": 48}, "which mlx-lm derives it from"),
+        ({"layer_types": ("conv",) * 4}, "only one kind"),
+        ({"layer_types": ("full_attention",) * 4}, "only one kind"),
+    ],
+)
+def test_geometries_mlx_lm_miscomputes_are_refused(
+    change: dict[str, Any],
+    message: str,
+    tiny_geometry: Geometry,
+    tiny_assets: Assets,
+    make_plan: MakePlan,
+) -> None:
+    with pytest.raises(UnsupportedError, match=message):
+        mlx.check(make_plan(replace(tiny_geometry, **change)), tiny_assets)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, 20_000])
+def test_truncated_files_are_one_clear_line(build: Path, keep: int) -> None:
+    path = build / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValidationError, match=r"model\.safetensors") as caught:
+        mlx.open_reader(build)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_tensor_and_a_wrong_config_are_named(build: Path) -> None:
+    config = json.loads((build / "config.json").read_text())
+    config["quantization"]["model.embed_tokens"]["bits"] = 4
+    (build / "config.json").write_text(json.dumps(config))
+    reader = mlx.open_reader(build)
+    with pytest.raises(ValidationError, match=r"says 4 bits .* model\.embed_tokens"):
+        reader.read("model.embed_tokens.weight")
+    with pytest.raises(ValidationError, match=r"model\.layers\.9.* is missing"):
+        reader.read("model.layers.9.conv.in_proj.weight")

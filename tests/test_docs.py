@@ -1,0 +1,102 @@
+"""The documents say what the code does."""
+
+import re
+import runpy
+from pathlib import Path
+
+import click
+import pytest
+
+from lfmq.cli import main
+from lfmq.converter.checkpoint import open_checkpoint
+from lfmq.converter.plan import resolve_plan
+from lfmq.converter.recipe import builtin_recipes, load_recipe, parse_recipe
+from lfmq.formats.registry import FORMATS
+from lfmq.quant.types import EXPERT_ROLES, SHARED_ROLES
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md"), *ROOT.glob("[!.]*/README.md")])
+COMMANDS = sorted(main.commands)
+
+
+def fenced(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page, re.M | re.S)
+
+
+def anchors(page: Path) -> set[str]:
+    """Anchors of a page's headings, as forges make them."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text("utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for t in titles}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_command_has_help_and_example(name: str) -> None:
+    command = main.commands[name]
+    context = click.Context(command, info_name=name, parent=click.Context(main, info_name="lfmq"))
+    text = command.get_help(context)
+    assert command.help
+    assert re.search(rf"Example:\n\s+lfmq {name} ", text)
+    options = [p for p in command.params if isinstance(p, click.Option)]
+    assert not [p.name for p in options if not p.help]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_example_is_accepted(name: str) -> None:
+    """The example's options and arguments parse; nothing is run."""
+    command = main.commands[name]
+    example = (command.epilog or command.help or "").strip().splitlines()[-1].split()
+    assert example[:2] == ["lfmq", name]
+    command.make_context(name, example[2:])
+
+
+def test_cli_page_is_generated() -> None:
+    render = runpy.run_path(str(DOCS / "generate_cli.py"))["render"]
+    assert (DOCS / "cli.md").read_text("utf-8") == render(), "run: make docs"
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_format_has_a_page(name: str) -> None:
+    page = (DOCS / f"{name}.md").read_text("utf-8")
+    assert "refuse" in page.lower()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_resolve(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
+        if link.startswith(("http://", "https://", "mailto:")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), f"{page.name} links to {link}"
+        assert not anchor or anchor in anchors(target), f"{page.name} links to {link}"
+
+
+def test_readme_starts_with_the_two_commands() -> None:
+    start = "\n".join((ROOT / "README.md").read_text("utf-8").splitlines()[:40])
+    assert "make demo" in start
+    assert "make test" in start
+
+
+def test_changelog_speaks_of_this_version() -> None:
+    project = (ROOT / "pyproject.toml").read_text("utf-8")
+    version = re.search(r'^version = "(.*)"$', project, re.M)
+    assert version is not None
+    assert f"## {version[1]}" in (ROOT / "CHANGELOG.md").read_text("utf-8")
+
+
+def test_recipe_page_shows_the_built_in_recipes() -> None:
+    examples = fenced((DOCS / "recipes.md").read_text("utf-8"), "toml")
+    for name in builtin_recipes():
+        assert load_recipe(name).text in examples, f"docs/recipes.md does not quote {name}"
+
+
+def test_recipe_page_examples_resolve(sample_folder: Path) -> None:
+    geometry = open_checkpoint(sample_folder).geometry
+    for number, example in enumerate(fenced((DOCS / "recipes.md").read_text("utf-8"), "toml"), 1):
+        resolve_plan(geometry, parse_recipe(example, f"example {number}", "docs/recipes.md"))
+
+
+def test_recipe_page_names_every_role() -> None:
+    page = (DOCS / "recipes.md").read_text("utf-8")
+    assert not [role for role in (*EXPERT_ROLES, *SHARED_ROLES) if f"`{role}`" not in page]

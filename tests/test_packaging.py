@@ -1,0 +1,170 @@
+"""The package list, what is shipped, what is installed, and the import rules stay complete."""
+
+import ast
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+FOLDERS = ("benchmarks", "converter", "docs", "formats", "quant", "tests", "validation")
+TEXT_SUFFIXES = {".jinja", ".md", ".py", ".toml", ".txt", ".yaml", ".yml"}
+NEUTRAL_FORMAT_MODULES = {
+    "__init__",
+    "build",
+    "card",
+    "hf_config",
+    "registry",
+    "safetensors_file",
+    "safetensors_layout",
+    "writer",
+}
+
+
+def packages() -> list[Path]:
+    """Folders of the root that are Python packages."""
+    return sorted(p.parent for p in ROOT.glob("*/__init__.py"))
+
+
+def text_files() -> Iterator[Path]:
+    """What a person wrote: files of the root, of .ci/ and of the known folders."""
+    yield from (p for p in ROOT.iterdir() if p.is_file() and p.suffix in {*TEXT_SUFFIXES, ""})
+    yield ROOT / ".ci" / "run"
+    for folder in FOLDERS:
+        found = (ROOT / folder).rglob("*")
+        yield from (p for p in found if p.is_file() and p.suffix in TEXT_SUFFIXES)
+    yield from (p for p in (ROOT / "samples").rglob("*") if p.suffix in {".md", ".py"})
+
+
+def constraints() -> dict[str, str]:
+    """Pinned version by normalized name."""
+    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+    pins = [line.partition("==") for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(name): version for name, _, version in pins}
+
+
+def requirements(listed: list[str]) -> list[Requirement]:
+    return [Requirement(line) for line in listed]
+
+
+def test_every_package_is_listed() -> None:
+    listed = PROJECT["tool"]["setuptools"]["packages"]
+    assert sorted(listed) == ["lfmq", *(f"lfmq.{p.name}" for p in packages())]
+    assert not [p for folder in packages() for p in folder.glob("*/__init__.py")]
+
+
+def test_root_holds_no_other_module() -> None:
+    assert [p.name for p in ROOT.glob("*.py")] == ["cli.py"]
+
+
+def test_data_files_are_listed() -> None:
+    listed = PROJECT["tool"]["setuptools"]["package-data"]
+    shipped = {
+        path
+        for package, patterns in listed.items()
+        for pattern in patterns
+        for path in ROOT.joinpath(*package.split(".")[1:]).glob(pattern)
+    }
+    found = {
+        p
+        for folder in packages()
+        for p in folder.rglob("*")
+        if p.is_file() and p.suffix not in {".py", ".pyc", ".nbi", ".nbc"}
+    }
+    assert shipped == found | {ROOT / "py.typed"}
+
+
+def test_link_for_static_tools_leads_to_the_root() -> None:
+    link = ROOT / ".typing" / "lfmq"
+    assert link.is_symlink()
+    assert link.resolve() == ROOT
+
+
+def test_no_path_of_one_machine() -> None:
+    outside = re.compile(r"(?<![\w.])/wor" + r"k\b|\.\./share" + r"d\b|/tmp/ven" + r"v\b")
+    hits = [
+        f"{path.relative_to(ROOT)}: {line.strip()}"
+        for path in text_files()
+        for line in path.read_text("utf-8").splitlines()
+        if outside.search(line)
+    ]
+    assert not hits
+
+
+def test_constraints_pin_exact_versions() -> None:
+    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert not [p for p in pins if not re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", p)]
+    assert pins == sorted(pins, key=str.lower)
+    assert "torch==2.13.0" in pins
+
+
+def test_constraints_cover_what_is_declared() -> None:
+    project, pins = PROJECT["project"], constraints()
+    declared = requirements(project["dependencies"])
+    for extra in project["optional-dependencies"].values():
+        declared += requirements(extra)
+    for requirement in declared:
+        pinned = pins[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(pinned, prereleases=True), str(requirement)
+
+
+def test_every_install_is_constrained() -> None:
+    """A range of some package must not bring in another torch than the one tested."""
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    assert re.search(r"^PIP := .*\binstall\b.* -c constraints\.txt$", makefile, re.M)
+    installs = re.findall(r"^\t\$\(PIP\) (.*)$", makefile, re.M)
+    assert installs[0] == "torch==2.13.0"
+    script = (ROOT / ".ci" / "run").read_text("utf-8")
+    for line in re.findall(r"^.*\bpip install\b.*$", script, re.M):
+        assert " -c constraints.txt " in line
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Top-level names a module imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module.partition(".")[0]
+
+
+def test_every_import_is_declared() -> None:
+    """What the wheel imports, a plain install brings."""
+    declared = {
+        canonicalize_name(r.name) for r in requirements(PROJECT["project"]["dependencies"])
+    }
+    providers = packages_distributions()
+    modules = [ROOT / "cli.py", *(p for folder in packages() for p in folder.glob("*.py"))]
+    for module in modules:
+        for name in sorted(set(imported(module)) - sys.stdlib_module_names - {"lfmq"}):
+            found = {canonicalize_name(d) for d in providers.get(name, [name])}
+            assert found & declared, f"{module.name} imports {name}, which is not declared"
+
+
+def families() -> dict[str, set[str]]:
+    """The modules of formats/ by the container they belong to, which their names start with."""
+    groups: dict[str, set[str]] = {}
+    for path in (ROOT / "formats").glob("*.py"):
+        if path.stem not in NEUTRAL_FORMAT_MODULES:
+            family = path.stem.partition("_")[0]
+            groups.setdefault(family, set()).add(f"lfmq.formats.{path.stem}")
+    return groups
+
+
+@pytest.mark.parametrize("family", sorted(families()))
+def test_import_rules_know_every_format_module(family: str) -> None:
+    contracts = PROJECT["tool"]["importlinter"]["contracts"]
+    own = families()[family]
+    others = {m for name, modules in families().items() if name != family for m in modules}
+    found = [c for c in contracts if set(c.get("source_modules", ())) == own]
+    assert len(found) == 1, f"no contract has exactly {sorted(own)} as source_modules"
+    assert set(found[0]["forbidden_modules"]) == others | {"lfmq.formats.registry"}

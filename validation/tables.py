@@ -1,0 +1,89 @@
+"""Results as tables for a terminal; the command line prints them."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from rich.table import Table
+
+from lfmq.converter.convert import Build, PlannedBuild
+from lfmq.converter.inspect import Inspection
+from lfmq.converter.plan import summarize
+from lfmq.quant.types import Plan
+from lfmq.validation.report import Report
+
+Row = tuple[str, ...]
+
+
+def inspection_table(report: Inspection) -> Table:
+    """Roles of a checkpoint."""
+    rows = [
+        (r.role, f"{r.tensors:,}", f"{r.weights:,}", f"{r.nbytes:,}", r.dtypes)
+        for r in report.roles
+    ]
+    rows.append(("total", f"{report.tensors:,}", f"{report.weights:,}", f"{report.nbytes:,}", ""))
+    return _table(report.title, ("role", "tensors", "weights", "bytes", "dtype"), rows)
+
+
+def roles_table(plan: Plan) -> Table:
+    """The storage of every role."""
+    rows = [
+        (s.role.value, str(s.storage), f"{s.tensors:,}", f"{s.weights:,}") for s in summarize(plan)
+    ]
+    return _table(plan.recipe, ("role", "stored as", "tensors", "weights"), rows)
+
+
+def tensors_table(plan: Plan) -> Table:
+    """The storage of every tensor."""
+    rows = [(e.name, str(list(e.shape)), str(e.storage)) for e in plan.entries]
+    return _table("tensors", ("tensor", "shape", "stored as"), rows)
+
+
+def planned_table(builds: Iterable[PlannedBuild]) -> Table:
+    """Size of builds not yet written."""
+    rows = [
+        (b.format, f"{b.nbytes:,}", f"{b.bits_per_weight:.3f}", f"{b.bytes_per_token:,}")
+        if b.refused is None
+        else (b.format, "refused", "", "")
+        for b in builds
+    ]
+    return _table("builds", ("format", "bytes", "bits/weight", "bytes/token"), rows)
+
+
+def builds_table(builds: Iterable[Build]) -> Table:
+    """Builds just written."""
+    rows = [(b.format, f"{b.nbytes:,}", f"{b.bits_per_weight:.3f}", str(b.path)) for b in builds]
+    return _table("builds", ("format", "bytes", "bits/weight", "path"), rows)
+
+
+def report_table(report: Report) -> Table:
+    """Every build against the reference, the noise floor last."""
+    rows = [
+        (
+            Path(b.path).name,
+            f"{b.nbytes:,}",
+            f"{b.bits_per_weight:.3f}",
+            f"{b.overall.perplexity_ratio:.5f}",
+            f"{b.overall.kld.mean:.6f}",
+            f"{b.overall.top1_agreement:.4f}",
+            f"{b.routing.exact_set:.4f}",
+        )
+        for b in report.builds
+    ]
+    n = report.noise_floor
+    floor = (f"{n.kld_mean:.6f}", f"{n.top1_agreement:.4f}", f"{n.routing_exact_set:.4f}")
+    rows.append(("noise floor (bfloat16)", "", "", "", *floor))
+    title = (
+        f"{report.checkpoint}: {report.tokens_scored:,} tokens scored, "
+        f"reference perplexity {report.reference_perplexity:.3f}"
+    )
+    columns = ("build", "bytes", "bits/weight", "ppl ratio", "mean KLD", "top-1", "routing")
+    return _table(title, columns, rows)
+
+
+def _table(title: str, columns: Row, rows: Iterable[Row]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
+    for row in rows:
+        table.add_row(*row)
+    return table
