@@ -151,7 +151,8 @@ def main() -> None:
 
 
 def _open(reference: str) -> Checkpoint:
-    return open_checkpoint(locate_checkpoint(reference))
+    location = locate_checkpoint(reference)
+    return open_checkpoint(location.folder, location.name)
 
 
 def _chosen(formats: tuple[str, ...]) -> dict[str, Format]:
@@ -159,10 +160,10 @@ def _chosen(formats: tuple[str, ...]) -> dict[str, Format]:
 
 
 def _print_tables(*tables: Table) -> None:
-    """To the terminal's width; wide enough for a path elsewhere."""
+    """To the terminal's width; elsewhere as wide as they are, so that no path is cut."""
     console = Console()
     if not console.is_terminal:
-        console = Console(width=120)
+        console = Console(width=1000)
     console.print(*tables)
 
 

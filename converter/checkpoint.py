@@ -58,8 +58,12 @@ class Checkpoint:
         return read_floats(self.stored[name])
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path, name: str | None = None) -> Checkpoint:
     """Open a folder with ``config.json`` and safetensors and check every tensor's shape.
+
+    Args:
+        folder: where it is.
+        name: what builds are named after; the folder's own name when None.
 
     Raises:
         CheckpointError: what is missing, damaged, unexpected or of the wrong shape.
@@ -70,15 +74,16 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     geometry = parse_geometry(config, folder / "config.json")
     stored: dict[str, StoredTensor] = {}
     for path in _weight_files(folder):
-        for name, tensor in read_header(path).items():
-            if name in stored:
-                raise CheckpointError(f"{path}: {name} is also in {stored[name].path.name}")
-            stored[name] = tensor
+        for key, tensor in read_header(path).items():
+            if key in stored:
+                raise CheckpointError(f"{path}: {key} is also in {stored[key].path.name}")
+            stored[key] = tensor
     _check_index(folder, stored)
     if _is_tied_copy(stored):
         del stored["lm_head.weight"]
     _check_tensors(folder, stored, expected_tensors(geometry))
-    return Checkpoint(folder, geometry, _read_assets(folder, config), stored)
+    assets = _read_assets(folder, config, name or folder.resolve().name)
+    return Checkpoint(folder, geometry, assets, stored)
 
 
 def _is_tied_copy(stored: dict[str, StoredTensor]) -> bool:
@@ -168,18 +173,18 @@ def _check_tensors(
             )
 
 
-def _read_assets(folder: Path, config: dict[str, Any]) -> Assets:
+def _read_assets(folder: Path, config: dict[str, Any], name: str) -> Assets:
     files = {}
-    for name in _SIDE_FILES:
-        path = folder / name
+    for file in _SIDE_FILES:
+        path = folder / file
         if path.is_file():
             try:
-                files[name] = path.read_bytes()
+                files[file] = path.read_bytes()
             except OSError as error:
                 raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        _check_json(folder / name, files.get(name))
-    return Assets(folder.resolve().name, config, files, folder)
+    for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        _check_json(folder / file, files.get(file))
+    return Assets(name, config, files, folder)
 
 
 def _check_json(path: Path, content: bytes | None) -> None:

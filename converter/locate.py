@@ -1,6 +1,7 @@
 """Where a checkpoint is: a folder, the word ``sample``, or a Hub id ``org/name[@revision]``."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -29,20 +30,30 @@ def sample_file(name: str = "lfm2moe-tiny") -> Path:
     return path
 
 
-def locate_checkpoint(reference: str) -> Path:
+@dataclass(frozen=True, slots=True)
+class Location:
+    """A checkpoint's folder and the name its builds get."""
+
+    folder: Path
+    name: str
+
+
+def locate_checkpoint(reference: str) -> Location:
     """The checkpoint's folder, downloaded first when ``reference`` is a Hub id.
 
     Raises:
         CheckpointError: no such folder, or the download failed.
     """
     if reference == SAMPLE:
-        return sample_file()
+        folder = sample_file()
+        return Location(folder, folder.name)
     path = Path(reference)
     if path.exists():
-        return path
+        return Location(path, path.resolve().name)
     if not _HUB_ID.fullmatch(reference):
         raise CheckpointError(f"{reference}: no such folder, and not a Hub id (org/name@revision)")
-    return download(*reference.partition("@")[::2])
+    repository, _, revision = reference.partition("@")
+    return Location(download(repository, revision), repository.rpartition("/")[2])
 
 
 def download(repository: str, revision: str = "") -> Path:

@@ -4,7 +4,9 @@ import errno
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import Self
 
@@ -32,6 +34,7 @@ class BuildWriter:
         self._files: dict[str, int] = {}
         self._by_source: dict[str, list[tuple[str, Piece]]] = {}
         self._pending = 0
+        self._lock = Lock()
         for file in layout.files:
             for piece in file.pieces:
                 self._by_source.setdefault(piece.sources[0], []).append((file.path, piece))
@@ -85,7 +88,8 @@ class BuildWriter:
                             f"{piece.nbytes} ({', '.join(piece.sources)})"
                         )
                     _write_all(self._files[path], content.data, piece.offset)
-                    self._pending -= 1
+                    with self._lock:
+                        self._pending -= 1
         except OSError as error:
             raise self._explain(error) from error
 
@@ -144,4 +148,5 @@ def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
-        path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.unlink()

@@ -1,11 +1,15 @@
 """Fixtures: a tiny random LFM2-MoE for structure, the trained sample for quality."""
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from safetensors.numpy import save_file
 
 from lfmq.converter.tensors import expected_tensors
 from lfmq.formats.build import Assets
@@ -174,3 +178,50 @@ def transformers_model() -> Callable[..., object]:
         return model
 
     return make
+
+
+@pytest.fixture
+def make_checkpoint(
+    tmp_path: Path, tiny_geometry: Geometry, tiny_assets: Assets
+) -> Callable[..., Path]:
+    """Write a small valid checkpoint; ``change`` may edit its tensors, ``config`` its config."""
+
+    def make(
+        name: str = "small",
+        change: Callable[[dict[str, NDArray[Any]]], None] | None = None,
+        config: dict[str, Any] | None = None,
+        shards: int = 0,
+    ) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        geometry = replace(tiny_geometry, vocab_size=8192)
+        rng = np.random.default_rng(9)
+        tensors: dict[str, NDArray[Any]] = {
+            t.name: (rng.standard_normal(t.shape) * 0.05).astype(np.float32)
+            for t in expected_tensors(geometry)
+        }
+        if change is not None:
+            change(tensors)
+        document = tiny_assets.config | {"vocab_size": 8192} | (config or {})
+        (folder / "config.json").write_text(json.dumps(document))
+        for file, content in tiny_assets.files.items():
+            (folder / file).write_bytes(content)
+        save_tensors(folder, tensors, shards)
+        return folder
+
+    return make
+
+
+def save_tensors(folder: Path, tensors: dict[str, NDArray[Any]], shards: int) -> None:
+    """One safetensors file, or several with an index."""
+    if not shards:
+        save_file(tensors, folder / "model.safetensors")
+        return
+    weight_map = {
+        n: f"model-{i % shards + 1:05d}-of-{shards:05d}.safetensors" for i, n in enumerate(tensors)
+    }
+    for file in sorted(set(weight_map.values())):
+        part = {n: t for n, t in tensors.items() if weight_map[n] == file}
+        save_file(part, folder / file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))

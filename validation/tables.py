@@ -83,7 +83,8 @@ def report_table(report: Report) -> Table:
 def _table(title: str, columns: Row, rows: Iterable[Row]) -> Table:
     table = Table(title=title, title_justify="left")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
+        text = i == 0 or column == "path"
+        table.add_column(column, justify="left" if text else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
     return table

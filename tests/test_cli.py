@@ -1,0 +1,129 @@
+"""The commands as scripts see them: JSON keys, exit status, what goes where."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from lfmq.cli import main
+
+
+def lfmq(*words: object) -> Result:
+    return CliRunner().invoke(main, [str(w) for w in words])
+
+
+def document(result: Result) -> dict:
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("\n") == 1
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def builds(tmp_path_factory):
+    output = tmp_path_factory.mktemp("builds")
+    done = lfmq("convert", "sample", "--output", output, "--json", "--quiet")
+    assert done.stderr == ""
+    return document(done)
+
+
+def test_inspect(sample_folder):
+    shown = lfmq("inspect", "sample")
+    assert shown.exit_code == 0
+    assert "16,865,728" in shown.stdout
+    found = document(lfmq("inspect", sample_folder, "--json"))
+    assert found["parameters"] == 16_865_728
+    assert {"name", "geometry", "tensors", "bytes", "roles", "odd"} <= set(found)
+
+
+def test_plan():
+    found = document(lfmq("plan", "sample", "--recipe", "int8", "--json"))
+    assert [b["format"] for b in found["builds"]] == ["gguf", "mlx", "onnx"]
+    for build in found["builds"]:
+        assert set(build) == {"format", "bytes", "bits_per_weight", "bytes_per_token"}
+    assert len(found["tensors"]) == 244
+    shown = lfmq("plan", "sample", "--tensors", "--to", "gguf")
+    assert "model.layers.5.feed_forward.experts.15.w2.weight" in shown.stdout
+    assert "mlx" not in shown.stdout
+
+
+def test_plan_is_exact(builds):
+    planned = {
+        b["format"]: b["bytes"] for b in document(lfmq("plan", "sample", "--json"))["builds"]
+    }
+    assert planned == {b["format"]: b["bytes"] for b in builds["builds"]}
+    for build in builds["builds"]:
+        path = Path(build["path"])
+        files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+        assert sum(p.stat().st_size for p in files) == build["bytes"]
+
+
+def test_convert(builds):
+    assert {"builds", "seconds", "peak_rss_bytes", "tokens"} <= set(builds)
+    assert set(builds["builds"][0]) == {"format", "path", "bytes", "bits_per_weight"}
+    names = [Path(b["path"]).name for b in builds["builds"]]
+    stem = "lfm2moe-tiny-int4"
+    assert names == [f"{stem}.gguf", f"{stem}-mlx", f"{stem}-onnx"]
+
+
+def test_progress_goes_to_stderr_a_line_at_a_time(tmp_path):
+    done = lfmq("convert", "sample", "--output", tmp_path, "--to", "gguf")
+    assert "quantizing: 100 %" in done.stderr.splitlines()
+    assert "quantizing" not in done.stdout
+    assert "lfm2moe-tiny-int4.gguf" in done.stdout
+
+
+def validate(builds, *words: object) -> Result:
+    path = builds["builds"][0]["path"]
+    options = ("--tokens", 512, "--sequence", 128, "--quiet")
+    return lfmq("validate", "sample", path, *options, *words)
+
+
+def test_validate(builds):
+    found = document(validate(builds, "--json", "--max-kld", 1))
+    assert found["passed"] is True
+    assert found["failures"] == []
+    assert found["tokens_scored"] == 4 * 63
+    assert found["builds"][0]["engine"] == "read"
+    shown = validate(builds)
+    assert "noise floor" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("option", "limit", "figure"),
+    [
+        ("--max-kld", 1e-9, "kld.mean"),
+        ("--max-perplexity-ratio", 0.5, "perplexity_ratio"),
+        ("--min-routing", 1.1, "routing.exact_set"),
+    ],
+)
+def test_a_missed_threshold_exits_3(builds, option, limit, figure):
+    done = validate(builds, option, limit, "--json")
+    assert done.exit_code == 3
+    found = json.loads(done.stdout)
+    assert found["passed"] is False
+    assert [f["figure"] for f in found["failures"]] == [figure]
+    shown = validate(builds, option, limit)
+    assert shown.exit_code == 3
+    assert f"{figure} is" in shown.stdout
+
+
+def test_verify(builds, tmp_path):
+    paths = [b["path"] for b in builds["builds"]]
+    assert [b["intact"] for b in document(lfmq("verify", *paths, "--json"))["builds"]] == [
+        True
+    ] * 3
+    copy = tmp_path / "a.gguf"
+    copy.write_bytes(b"GGUF")
+    alone = lfmq("verify", copy)
+    assert alone.exit_code == 1
+    assert "no manifest" in alone.stderr
+
+
+def test_cuda_where_there_is_none(builds):
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("a CUDA device is there")
+    done = validate(builds, "--device", "cuda")
+    assert done.exit_code == 1
+    assert "--device cpu" in done.stderr
