@@ -33,7 +33,8 @@ docs: .venv/.runtime
 	$(BIN)/python docs/generate_cli.py
 
 bench: .venv/.complete
-	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+	$(BIN)/python benchmarks/sample_quality.py
+	$(BIN)/python benchmarks/full_size.py
 
 venv: .venv/.complete
 

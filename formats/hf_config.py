@@ -21,6 +21,8 @@ _POSITIVE = (
     "conv_L_cache",
 )
 _LARGEST = 2**31 - 1
+# Far above any model (LFM2-24B-A2B has 2,432 experts); beyond it the lists of tensors fill memory.
+_MOST_LAYERS, _MOST_EXPERTS = 10_000, 1_000_000
 
 
 def read_config(folder: Path) -> dict[str, Any]:

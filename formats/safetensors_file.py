@@ -21,6 +21,7 @@ from lfmq.quant.errors import CheckpointError
 
 # The format's own limit on a header; a length beyond it is damage or an attack.
 MAX_HEADER_BYTES = 100_000_000
+MAX_DIMENSIONS = 8
 
 FLOAT_DTYPES: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -83,14 +84,23 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def _tensor(path: Path, name: str, fields: dict[str, Any], base: int) -> StoredTensor:
-    begin, end = (int(v) for v in fields["data_offsets"])
-    shape = tuple(int(v) for v in fields["shape"])
-    dtype = str(fields["dtype"])
+    begin, end = _integers(name, "data_offsets", fields)
+    shape = _integers(name, "shape", fields)
+    dtype = str(fields.get("dtype"))
     if dtype in DTYPES and end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
         raise ValueError(f"{name} has {end - begin} bytes for {dtype} {list(shape)}")
     if begin < 0 or end < begin or any(n < 0 for n in shape):
         raise ValueError(f"{name} has offsets {begin} to {end} and shape {list(shape)}")
     return StoredTensor(path, dtype, shape, base + begin, end - begin)
+
+
+def _integers(name: str, key: str, fields: dict[str, Any]) -> tuple[int, ...]:
+    values = fields.get(key)
+    if not isinstance(values, list) or len(values) > MAX_DIMENSIONS:
+        raise ValueError(f"{name} has {key} {str(values)[:50]}")
+    if not all(type(v) is int and abs(v) < 2**63 for v in values):
+        raise ValueError(f"{name} has {key} {str(values)[:50]}")
+    return tuple(values)
 
 
 def _check_coverage(path: Path, tensors: dict[str, StoredTensor], start: int, size: int) -> None:
