@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,9 +23,10 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from lfmq.converter.calibrated import Calibration
 from lfmq.converter.checkpoint import Checkpoint, open_checkpoint
 from lfmq.converter.convert import convert as convert_checkpoint
-from lfmq.converter.convert import plan_builds
+from lfmq.converter.convert import plan_builds, plan_layouts
 from lfmq.converter.inspect import inspect_checkpoint
 from lfmq.converter.locate import locate_checkpoint, sample_file
 from lfmq.converter.manifest import verify_build
@@ -37,6 +39,7 @@ from lfmq.quant.errors import LfmqError, ValidationError
 from lfmq.validation.report import Thresholds
 from lfmq.validation.tables import (
     builds_table,
+    coverage_table,
     inspection_table,
     planned_table,
     report_table,
@@ -58,11 +61,17 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except LfmqError as error:
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(_one_line(str(error))) from error
         except MemoryError as error:
             raise click.ClickException("out of memory; use fewer --threads") from error
         except OSError as error:
-            raise click.ClickException(f"{error.filename or 'i/o'}: {error.strerror}") from error
+            reason = f"{error.filename or 'i/o'}: {error.strerror or error}"
+            raise click.ClickException(_one_line(reason)) from error
+
+
+def _one_line(text: str) -> str:
+    """Names in a hostile file may hold line ends or escape sequences; they are shown escaped."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _options(*decorators: Command) -> Command:
@@ -150,8 +159,8 @@ def main() -> None:
     """
 
 
-def _open(reference: str) -> Checkpoint:
-    location = locate_checkpoint(reference)
+def _open(reference: str, *, quiet: bool) -> Checkpoint:
+    location = locate_checkpoint(reference, bars=sys.stderr.isatty() and not quiet)
     return open_checkpoint(location.folder, location.name)
 
 
@@ -208,7 +217,7 @@ def _line_printer(label: str) -> Callable[[int, int], None]:
 @common_options
 def inspect(checkpoint: str, threads: int, device: str, as_json: bool, quiet: bool) -> None:
     """Show what a checkpoint is: roles, weights, bytes, dtypes, and what is odd."""
-    report = inspect_checkpoint(_open(checkpoint))
+    report = inspect_checkpoint(_open(checkpoint, quiet=quiet))
     if as_json:
         _print_json(report.to_json())
         return
@@ -233,7 +242,7 @@ def plan(
     quiet: bool,
 ) -> None:
     """Dry run: the scheme of every tensor and the size of every build; reads no weight."""
-    opened = _open(checkpoint)
+    opened = _open(checkpoint, quiet=quiet)
     resolved = resolve_plan(opened.geometry, load_recipe(recipe))
     builds = plan_builds(opened, resolved, _chosen(formats))
     if as_json:
@@ -260,7 +269,8 @@ def plan(
     help="Folder for the builds.",
 )
 @plan_options
-@click.option("--uncalibrated", is_flag=True, help="Quantize without statistics.")
+@text_options
+@click.option("--uncalibrated", is_flag=True, help="Round to nearest, without any text.")
 @click.option("--force", is_flag=True, help="Replace builds that exist.")
 @common_options
 def convert(
@@ -268,6 +278,9 @@ def convert(
     output: Path,
     recipe: str,
     formats: tuple[str, ...],
+    texts: tuple[Path, ...],
+    tokens: int,
+    sequence: int,
     uncalibrated: bool,
     force: bool,
     threads: int,
@@ -275,17 +288,30 @@ def convert(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Quantize a checkpoint once and write a build for each format."""
+    """Quantize a checkpoint once and write a build for each format.
+
+    Every weight is quantized for the inputs it sees in the calibration text, each expert for
+    those of its own tokens. Without --text the sample's calibration text is used.
+    """
+    if uncalibrated and texts:
+        raise click.UsageError("--text and --uncalibrated exclude each other")
     started = time.monotonic()
-    opened, loaded = _open(checkpoint), load_recipe(recipe)
+    opened, loaded = _open(checkpoint, quiet=quiet), load_recipe(recipe)
     resolved = resolve_plan(opened.geometry, loaded)
+    chosen = _chosen(formats)
+    plan_layouts(opened, resolved, chosen)
+    calibration = None
+    if not uncalibrated:
+        windows = _load_text(opened, texts, "calibration.jsonl", tokens, sequence)
+        calibration = Calibration(windows)
     with _progress("quantizing", quiet=quiet) as progress:
         builds = convert_checkpoint(
             opened,
             loaded,
             resolved,
-            _chosen(formats),
+            chosen,
             output,
+            calibration=calibration,
             force=force,
             threads=threads,
             progress=progress,
@@ -296,10 +322,13 @@ def convert(
                 "builds": [build.to_json() for build in builds],
                 "seconds": time.monotonic() - started,
                 "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-                "tokens": 0,
+                "tokens": calibration.windows.tokens if calibration else 0,
+                **(calibration.to_json() if calibration else {}),
             }
         )
         return
+    if calibration is not None:
+        _print_tables(coverage_table(calibration))
     _print_tables(builds_table(builds))
 
 
@@ -354,7 +383,7 @@ def validate(
     tokens. Exits with status 3 when a threshold is missed. Without --text the sample's evaluation
     text is used.
     """
-    opened = _open(checkpoint)
+    opened = _open(checkpoint, quiet=quiet)
     _set_up_torch(threads, device)
     windows = _load_text(opened, texts, "evaluation.jsonl", tokens, sequence)
     with _progress("validating", quiet=quiet) as progress:

@@ -84,7 +84,7 @@ def convert(
     """Run ``lfmq convert`` and watch its memory."""
     command = [sys.executable, "-m", "lfmq.cli", "convert", str(checkpoint)]
     command += ["--output", str(output), "--recipe", options.recipe, "--force"]
-    command += ["--threads", str(options.threads), "--quiet", "--json"]
+    command += ["--threads", str(options.threads), "--quiet", "--json", "--uncalibrated"]
     command += [word for name in formats for word in ("--to", name)]
     started, peak = time.monotonic(), 0
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

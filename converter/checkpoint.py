@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfmq.converter.tensors import Tensor, expected_tensors
+from lfmq.converter.vocabulary import Vocabulary, parse_vocabulary
 from lfmq.formats.build import Assets
 from lfmq.formats.hf_config import parse_geometry, read_config
 from lfmq.formats.safetensors_file import (
@@ -22,7 +23,7 @@ from lfmq.formats.safetensors_file import (
 from lfmq.quant.errors import CheckpointError
 from lfmq.quant.types import Geometry
 
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 _SIDE_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -43,6 +44,7 @@ class Checkpoint:
     geometry: Geometry
     assets: Assets
     stored: dict[str, StoredTensor]
+    vocabulary: Vocabulary | None = None
 
     @property
     def weight_files(self) -> tuple[Path, ...]:
@@ -83,7 +85,7 @@ def open_checkpoint(folder: Path, name: str | None = None) -> Checkpoint:
         del stored["lm_head.weight"]
     _check_tensors(folder, stored, expected_tensors(geometry))
     assets = _read_assets(folder, config, name or folder.resolve().name)
-    return Checkpoint(folder, geometry, assets, stored)
+    return Checkpoint(folder, geometry, assets, stored, _read_vocabulary(assets))
 
 
 def _is_tied_copy(stored: dict[str, StoredTensor]) -> bool:
@@ -97,7 +99,7 @@ def _is_tied_copy(stored: dict[str, StoredTensor]) -> bool:
 
 
 def _weight_files(folder: Path) -> tuple[Path, ...]:
-    index = folder / _INDEX
+    index = folder / INDEX
     single = folder / "model.safetensors"
     if index.is_file():
         return tuple(_shard(folder, name) for name in sorted(set(_weight_map(index).values())))
@@ -109,7 +111,7 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
             f"{folder / pickles[0]}: a pickle file, which is never opened (it can run code); "
             "convert the checkpoint to safetensors first"
         )
-    raise CheckpointError(f"{folder}: neither model.safetensors nor {_INDEX} found")
+    raise CheckpointError(f"{folder}: neither model.safetensors nor {INDEX} found")
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -125,22 +127,22 @@ def _weight_map(index: Path) -> dict[str, str]:
 def _shard(folder: Path, name: str) -> Path:
     if Path(name).name != name or name in (".", "..") or not name.endswith(".safetensors"):
         raise CheckpointError(
-            f"{folder / _INDEX}: names the file {name!r}; only safetensors files inside the "
+            f"{folder / INDEX}: names the file {name!r}; only safetensors files inside the "
             "checkpoint folder are read"
         )
     path = folder / name
     if not path.is_file():
-        raise CheckpointError(f"{path}: named by {_INDEX} but not found; fetch it")
+        raise CheckpointError(f"{path}: named by {INDEX} but not found; fetch it")
     return path
 
 
 def _check_index(folder: Path, stored: dict[str, StoredTensor]) -> None:
-    index = folder / _INDEX
+    index = folder / INDEX
     if not index.is_file():
         return
     for name, file in _weight_map(index).items():
         if name not in stored or stored[name].path.name != file:
-            raise CheckpointError(f"{folder / file}: {name} is not there, though {_INDEX} says so")
+            raise CheckpointError(f"{folder / file}: {name} is not there, though {INDEX} says so")
 
 
 def _check_tensors(
@@ -182,15 +184,23 @@ def _read_assets(folder: Path, config: dict[str, Any], name: str) -> Assets:
                 files[file] = path.read_bytes()
             except OSError as error:
                 raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        _check_json(folder / file, files.get(file))
+    for file in ("tokenizer_config.json", "generation_config.json"):
+        _check_object(folder / file, files.get(file, b"{}"))
     return Assets(name, config, files, folder)
 
 
-def _check_json(path: Path, content: bytes | None) -> None:
-    if content is None:
-        return
+def _check_object(path: Path, content: bytes) -> None:
     try:
-        json.loads(content)
+        document = json.loads(content)
+        json.dumps(document, ensure_ascii=False).encode()  # no lone surrogates
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
+        raise CheckpointError(f"{path}: not valid JSON ({error}); fetch it again") from error
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{path}: expected a JSON object; fetch it again")
+
+
+def _read_vocabulary(assets: Assets) -> Vocabulary | None:
+    content = assets.files.get("tokenizer.json")
+    if content is None:
+        return None
+    return parse_vocabulary(content, assets.folder / "tokenizer.json")

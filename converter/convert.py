@@ -1,21 +1,21 @@
 """One pass over a checkpoint: read a tensor, quantize it once, hand it to every writer."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lfmq.converter.calibrated import Calibration, calibrated_units
 from lfmq.converter.checkpoint import Checkpoint
 from lfmq.converter.manifest import write_manifest
+from lfmq.converter.nearest import nearest_units
 from lfmq.converter.plan import bits_per_weight, token_bytes
 from lfmq.converter.recipe import Recipe
 from lfmq.formats.build import BuildLayout, Format
 from lfmq.formats.writer import BuildWriter
 from lfmq.quant.errors import CheckpointError, PlanError, UnsupportedError
-from lfmq.quant.rtn import quantize
-from lfmq.quant.types import Entry, Plan, Weight
+from lfmq.quant.types import Plan, Weight
 
 Progress = Callable[[int, int], None]
 
@@ -67,8 +67,16 @@ def plan_layouts(
     """Check the plan against every format and lay out each build; reads no weight.
 
     Raises:
+        CheckpointError: the tokenizer has ids beyond the embedding.
         UnsupportedError: a format cannot hold the plan.
     """
+    rows, vocabulary = plan.geometry.vocab_size, checkpoint.vocabulary
+    if vocabulary is not None and vocabulary.size > rows:
+        raise CheckpointError(
+            f"{checkpoint.folder / 'tokenizer.json'}: token {vocabulary.last!r} has id "
+            f"{vocabulary.size - 1}, the model's vocabulary has {rows} rows; the tokenizer "
+            "belongs to another checkpoint"
+        )
     for module in formats.values():
         module.check(plan, checkpoint.assets)
     return {name: f.layout(plan, checkpoint.assets) for name, f in formats.items()}
@@ -97,6 +105,7 @@ def convert(
     formats: Mapping[str, Format],
     output: Path,
     *,
+    calibration: Calibration | None = None,
     force: bool = False,
     threads: int = 2,
     progress: Progress | None = None,
@@ -109,6 +118,7 @@ def convert(
         plan: the resolved recipe.
         formats: the containers by name.
         output: folder for the builds; created when missing.
+        calibration: quantize from what these tokens show; round to nearest when None.
         force: replace builds that exist.
         threads: tensors quantized at the same time; the bytes do not depend on it.
         progress: called with weights done and weights in all.
@@ -129,71 +139,36 @@ def convert(
             stack.enter_context(BuildWriter(targets[name], layouts[name], force=force))
             for name in formats
         ]
-        for unit in _quantized_units(checkpoint, plan, writers, threads):
+        weights = sum(e.size for e in plan.entries)
+
+        def write(weights: Mapping[str, Weight]) -> None:
+            for writer in writers:
+                writer.write(weights)
+
+        if calibration is None:
+            units = nearest_units(checkpoint, plan, write, threads)
+        else:
+            units = calibrated_units(checkpoint, plan, calibration, write, threads)
+        for unit in units:
             if progress is not None:
-                progress(sum(e.size for e in unit), sum(e.size for e in plan.entries))
+                progress(sum(e.size for e in unit), weights)
         for writer in writers:
+            writer.finish()
+        manifest = output / f"{stem}.manifest.json"
+        places = {w.layout.format: (w.target, w.part) for w in writers}
+        part = write_manifest(
+            manifest,
+            checkpoint,
+            plan,
+            recipe,
+            places,
+            text_sha256=calibration.windows.text_sha256 if calibration else None,
+        )
+        stack.callback(part.unlink, missing_ok=True)
+        for writer in writers:  # nothing gets its name before everything is whole
             writer.commit()
-    builds = tuple(
+        part.replace(manifest)
+    return tuple(
         Build(name, targets[name], lay.nbytes, bits_per_weight(plan, lay.nbytes))
         for name, lay in layouts.items()
-    )
-    write_manifest(output / f"{stem}.manifest.json", checkpoint, plan, recipe, targets)
-    return builds
-
-
-def _quantized_units(
-    checkpoint: Checkpoint, plan: Plan, writers: Iterable[BuildWriter], threads: int
-) -> Iterator[tuple[Entry, ...]]:
-    """Run the units on a pool, at most two waiting for each thread, yielding each when done."""
-    waiting: dict[Future[None], tuple[Entry, ...]] = {}
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for unit in plan.units():
-                if len(waiting) >= 2 * threads:
-                    done, _ = wait(waiting, return_when=FIRST_COMPLETED)
-                    yield from _finish(waiting, done)
-                waiting[pool.submit(_convert_unit, checkpoint, unit, writers)] = unit
-            while waiting:
-                done, _ = wait(waiting, return_when=FIRST_COMPLETED)
-                yield from _finish(waiting, done)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def _finish(
-    waiting: dict[Future[None], tuple[Entry, ...]], done: Iterable[Future[None]]
-) -> Iterator[tuple[Entry, ...]]:
-    for future in done:
-        unit = waiting.pop(future)
-        future.result()
-        yield unit
-
-
-def _convert_unit(
-    checkpoint: Checkpoint, unit: tuple[Entry, ...], writers: Iterable[BuildWriter]
-) -> None:
-    weights = {entry.name: _quantize_entry(checkpoint, entry) for entry in unit}
-    for writer in writers:
-        writer.write(weights)
-
-
-def _quantize_entry(checkpoint: Checkpoint, entry: Entry) -> Weight:
-    values = checkpoint.read(entry.name)
-    if entry.scheme is None:
-        if not (abs(values) < float("inf")).all():
-            raise _not_finite(checkpoint, entry)
-        return values
-    try:
-        return quantize(values, entry.scheme)
-    except ValueError as error:
-        raise _not_finite(checkpoint, entry) from error
-
-
-def _not_finite(checkpoint: Checkpoint, entry: Entry) -> CheckpointError:
-    path = checkpoint.stored[entry.name].path
-    return CheckpointError(
-        f"{path}: {entry.name} holds a NaN, an Inf or a value beyond float16; "
-        "the checkpoint is damaged, fetch it again"
     )

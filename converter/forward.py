@@ -179,6 +179,11 @@ def feed_forward(
     return states, routing
 
 
+def normed(model: Model, name: str, states: torch.Tensor) -> torch.Tensor:
+    """Hidden states [W, S, H] after the RMS norm of that name, as tokens [T, H]."""
+    return _rms_norm(states, model.weight(name), model.geometry.norm_eps).flatten(0, 1)
+
+
 def route(model: Model, layer: int, x: torch.Tensor) -> Routing:
     """The router's decision for normed hidden states [T, H].
 

@@ -82,28 +82,24 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
 def _odd(checkpoint: Checkpoint) -> list[str]:
     g, files = checkpoint.geometry, checkpoint.assets.files
     odd = []
-    biases = [t for n, t in checkpoint.stored.items() if n.endswith("expert_bias")]
-    if any(t.dtype != "F32" for t in biases):
-        odd.append(f"expert_bias is stored as {biases[0].dtype}, not F32: selection was rounded")
+    biases = [t.dtype for n, t in checkpoint.stored.items() if n.endswith("expert_bias")]
+    rounded = sorted({dtype for dtype in biases if dtype != "F32"})
+    if rounded:
+        odd.append(f"expert_bias is stored as {rounded[0]}, not F32: selection was rounded")
     if not g.norm_topk_prob:
         odd.append("norm_topk_prob is false: GGUF cannot hold it")
-    if "tokenizer.json" not in files:
+    if g.routed_scaling_factor != 1:
+        odd.append(f"routed_scaling_factor is {g.routed_scaling_factor}: GGUF cannot hold it")
+    if checkpoint.vocabulary is None:
         odd.append("no tokenizer.json: GGUF needs one, text cannot be tokenized")
-    else:
-        odd += _odd_tokenizer(files["tokenizer.json"], g.vocab_size)
+    elif checkpoint.vocabulary.size != g.vocab_size:
+        odd.append(
+            f"the tokenizer has {checkpoint.vocabulary.size:,} tokens, the config's vocab_size "
+            f"is {g.vocab_size:,}"
+        )
     template = json.loads(files.get("tokenizer_config.json", b"{}")).get("chat_template")
     if "chat_template.jinja" not in files and not template:
         odd.append("no chat template: chats cannot be rendered")
     if "generation_config.json" not in files:
         odd.append("no generation_config.json: runtimes use their own sampling defaults")
     return odd
-
-
-def _odd_tokenizer(content: bytes, vocab_size: int) -> list[str]:
-    tokenizer = json.loads(content)
-    ids = set(tokenizer.get("model", {}).get("vocab", {}).values())
-    ids |= {t["id"] for t in tokenizer.get("added_tokens", ())}
-    count = max(ids, default=-1) + 1
-    if count == vocab_size:
-        return []
-    return [f"the tokenizer has {count:,} tokens, the config's vocab_size is {vocab_size:,}"]

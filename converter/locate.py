@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils.tqdm import disable_progress_bars
 
 import lfmq.converter
 from lfmq.quant.errors import CheckpointError
 
 SAMPLE = "sample"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_REASON_LENGTH = 300  # characters of the Hub client's message, which can be a page
 _PATTERNS = ["*.safetensors", "*.json", "*.jinja", "README.md", "LICENSE*"]
 
 
@@ -38,8 +39,12 @@ class Location:
     name: str
 
 
-def locate_checkpoint(reference: str) -> Location:
+def locate_checkpoint(reference: str, *, bars: bool = False) -> Location:
     """The checkpoint's folder, downloaded first when ``reference`` is a Hub id.
+
+    Args:
+        reference: a folder, ``sample`` or ``org/name[@revision]``.
+        bars: let the Hub client draw its progress bars on stderr.
 
     Raises:
         CheckpointError: no such folder, or the download failed.
@@ -53,18 +58,23 @@ def locate_checkpoint(reference: str) -> Location:
     if not _HUB_ID.fullmatch(reference):
         raise CheckpointError(f"{reference}: no such folder, and not a Hub id (org/name@revision)")
     repository, _, revision = reference.partition("@")
-    return Location(download(repository, revision), repository.rpartition("/")[2])
+    folder = download(repository, revision, bars=bars)
+    return Location(folder, repository.rpartition("/")[2])
 
 
-def download(repository: str, revision: str = "") -> Path:
+def download(repository: str, revision: str = "", *, bars: bool = False) -> Path:
     """Fetch a checkpoint's files from the Hub into its cache.
 
     Raises:
         CheckpointError: the Hub cannot be reached or has no such repository or revision.
     """
+    if not bars:
+        disable_progress_bars()
     try:
         folder = snapshot_download(repository, revision=revision or None, allow_patterns=_PATTERNS)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise CheckpointError(f"{repository}: cannot be downloaded ({reason})") from error
+    except Exception as error:  # of any HTTP library: the Hub client has changed its own twice
+        reason = " ".join(str(error).split())[:_REASON_LENGTH] or repr(error)
+        raise CheckpointError(
+            f"{repository}: no such folder, and as a Hub id it cannot be downloaded ({reason})"
+        ) from error
     return Path(folder)

@@ -3,12 +3,13 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lfmq.converter.checkpoint import Checkpoint
+from lfmq.converter.checkpoint import INDEX, Checkpoint
 from lfmq.converter.recipe import Recipe
 from lfmq.quant.errors import PlanError, ValidationError
 from lfmq.quant.types import Entry, Plan, Scheme
@@ -17,44 +18,79 @@ _LIBRARIES = ("gguf", "numba", "numpy", "onnx", "torch")
 
 
 def write_manifest(
-    path: Path, checkpoint: Checkpoint, plan: Plan, recipe: Recipe, builds: Mapping[str, Path]
-) -> None:
-    """Write the manifest; it holds no time and no host, so equal runs give equal bytes.
+    path: Path,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    recipe: Recipe,
+    builds: Mapping[str, tuple[Path, Path]],
+    *,
+    text_sha256: str | None = None,
+) -> Path:
+    """Write the manifest beside its final name, for the caller to rename with the builds.
+
+    It holds no time and no host, so equal runs give equal bytes. Builds of another format that an
+    earlier manifest names stay in it when they are of the same checkpoint, plan and versions.
+
+    Args:
+        path: its final name.
+        checkpoint: whose files are the inputs.
+        plan: the storage of every tensor.
+        recipe: what the plan came from.
+        builds: by format, the final path and where the bytes are now.
+        text_sha256: of the calibration text, if any.
+
+    Returns:
+        Where it is now.
 
     Raises:
         PlanError: it cannot be written.
     """
     folder = checkpoint.folder
     inputs = [*checkpoint.weight_files, folder / "config.json"]
-    inputs += [folder / name for name in sorted(checkpoint.assets.files)]
-    document = {
+    inputs += [folder / name for name in (*sorted(checkpoint.assets.files), INDEX)]
+    document: dict[str, Any] = {
         "lfmq": version("lfmq"),
         "versions": {name: version(name) for name in _LIBRARIES},
         "checkpoint": checkpoint.assets.name,
-        "inputs": {p.name: _fingerprint(p) for p in inputs},
+        "inputs": {p.name: _fingerprint(p) for p in inputs if p.is_file()},
         "recipe": {"name": recipe.name, "text": recipe.text},
-        "text_sha256": None,
+        "text_sha256": text_sha256,
         "plan": {e.name: _storage(e) for e in plan.entries},
-        "builds": {name: _build(target) for name, target in sorted(builds.items())},
     }
+    kept = _kept_builds(path, document)
+    made = {name: _build(target.name, now) for name, (target, now) in builds.items()}
+    document["builds"] = dict(sorted((kept | made).items()))
     part = path.with_name(path.name + ".part")
     try:
         part.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", "utf-8")
-        part.rename(path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
         raise PlanError(f"{path}: cannot be written ({error.strerror})") from error
+    return part
+
+
+def _kept_builds(path: Path, document: dict[str, Any]) -> dict[str, Any]:
+    """Builds an earlier manifest names that are still there and of the same origin."""
+    try:
+        earlier = json.loads(path.read_bytes())
+        builds = earlier.pop("builds")
+        if earlier != document:
+            return {}
+        return {n: b for n, b in builds.items() if (path.parent / b["path"]).exists()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}  # none, or none of ours: it is replaced
 
 
 def _storage(entry: Entry) -> Any:
     return asdict(entry.storage) if isinstance(entry.storage, Scheme) else entry.storage
 
 
-def _build(target: Path) -> dict[str, Any]:
-    files = [target] if target.is_file() else sorted(p for p in target.rglob("*") if p.is_file())
+def _build(name: str, now: Path) -> dict[str, Any]:
+    files = [now] if now.is_file() else sorted(p for p in now.rglob("*") if p.is_file())
     return {
-        "path": target.name,
-        "files": {str(p.relative_to(target.parent)): _fingerprint(p) for p in files},
+        "path": name,
+        "files": {str(Path(name) / p.relative_to(now)): _fingerprint(p) for p in files},
     }
 
 
@@ -74,16 +110,15 @@ def verify_build(build: Path) -> Path:
         ValidationError: no manifest names the build, or the first file that differs.
     """
     manifest, files = _find_manifest(build)
-    for name, expected in files.items():
+    for name, (nbytes, digest) in files.items():
         path = build.parent / name
         if not path.is_file():
             raise ValidationError(f"{path}: named by {manifest.name} but missing")
-        if path.stat().st_size != expected["bytes"]:
+        if path.stat().st_size != nbytes:
             raise ValidationError(
-                f"{path}: {path.stat().st_size:,} bytes, {manifest.name} says "
-                f"{expected['bytes']:,}"
+                f"{path}: {path.stat().st_size:,} bytes, {manifest.name} says {nbytes:,}"
             )
-        if _fingerprint(path)["sha256"] != expected["sha256"]:
+        if _fingerprint(path)["sha256"] != digest:
             raise ValidationError(f"{path}: sha256 differs from {manifest.name}")
     known = {str(build.parent / name) for name in files}
     for found in sorted(build.rglob("*")) if build.is_dir() else []:
@@ -92,7 +127,7 @@ def verify_build(build: Path) -> Path:
     return manifest
 
 
-def _find_manifest(build: Path) -> tuple[Path, dict[str, Any]]:
+def _find_manifest(build: Path) -> tuple[Path, dict[str, tuple[int, str]]]:
     if not build.exists():
         raise ValidationError(f"{build}: no such build")
     for path in sorted(build.parent.glob("*.manifest.json")):
@@ -100,7 +135,10 @@ def _find_manifest(build: Path) -> tuple[Path, dict[str, Any]]:
             builds = json.loads(path.read_bytes())["builds"]
             for entry in builds.values():
                 if entry["path"] == build.name:
-                    return path, dict(entry["files"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                    files = entry["files"].items()
+                    return path, {str(n): (f["bytes"], f["sha256"]) for n, f in files}
+        except OSError as error:
+            raise ValidationError(f"{path}: cannot be read ({error.strerror})") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValidationError(f"{path}: not a readable manifest ({error})") from error
     raise ValidationError(f"{build}: no manifest beside it names this build")

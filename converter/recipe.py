@@ -23,6 +23,7 @@ from lfmq.quant.types import (
 DEFAULT_RECIPE = "int4"
 _BITS = (4, 8)
 _GROUPS = (32, 64, 128)
+_LARGEST_INDEX = 1_000_000  # of a layer or an expert; a longer range is a slip
 _ROLE_SETS = {"experts": EXPERT_ROLES, "shared": SHARED_ROLES}
 _KEYS = {"roles", "layers", "names", "experts", "bits", "group", "grid", "float"}
 
@@ -86,7 +87,7 @@ def parse_recipe(text: str, name: str, source: str) -> Recipe:
     """A recipe from TOML text; ``source`` is named in errors."""
     try:
         document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise RecipeError(f"{source}: not valid TOML ({error})") from error
     unknown = sorted(set(document) - {"description", "rule"})
     if unknown:
@@ -132,7 +133,7 @@ def _storage(table: dict[str, Any], where: str) -> Storage:
         ("group", group, _GROUPS),
         ("grid", grid, get_args(Grid)),
     ):
-        if value_ not in legal or isinstance(value_, bool):
+        if value_ not in legal or isinstance(value_, bool | float):
             raise RecipeError(f"{where}: {key} is {value_!r}, expected one of {list(legal)}")
     return Scheme(bits, group, grid)
 
@@ -170,7 +171,7 @@ def _numbers(value: Any, key: str, where: str) -> frozenset[int]:
             found = range(int(first), int(last or first) + 1)
         except ValueError:
             found = range(0)
-        if not found or isinstance(item, bool):
+        if not found or isinstance(item, bool) or found[-1] > _LARGEST_INDEX:
             raise RecipeError(f"{where}: {key} has {item!r}, expected a number or a range '2-5'")
         numbers.update(found)
     return frozenset(numbers)

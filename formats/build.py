@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from lfmq.quant.types import Geometry, Plan, Weight
+from lfmq.quant.types import Geometry, Plan
 
 Bytes = NDArray[np.uint8]
 
@@ -127,6 +127,3 @@ class Reader(Protocol):
 def as_bytes(array: NDArray[Any]) -> Bytes:
     """The array's memory as a flat row of bytes."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-
-
-PackOne = Callable[[Weight], Bytes]

@@ -1,41 +1,48 @@
-"""The model card (README.md) that goes into a build's folder."""
+"""The model card (README.md) that goes into a build's folder.
 
-import json
+The front matter's keys are the Hub's (https://huggingface.co/docs/hub/model-cards); the license is
+the checkpoint's own, taken from the front matter of its card.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from jinja2 import Environment, StrictUndefined
 
-from lfmq.formats.build import Assets
-from lfmq.quant.types import Plan, Storage
+from lfmq.formats.build import Assets, FileLayout
+from lfmq.quant.types import Entry, Plan
 
 _TEMPLATE = """\
 ---
-library_name: {{ library }}
+library_name: {{ runtime.library }}
 pipeline_tag: text-generation
-tags: [{{ library }}, lfm2_moe, quantized]
-{% if base_model -%}
-base_model: {{ base_model }}
-{% endif -%}
+tags: [{{ runtime.library }}, lfm2_moe, quantized]
+{% for key, value in facts -%}
+{{ key }}: "{{ value }}"
+{% endfor -%}
 ---
 
-# {{ name }}, {{ recipe }}, for {{ library }}
+# {{ name }}, {{ recipe }}, for {{ runtime.library }}
 
 An LFM2 mixture-of-experts model quantized by lfmq. Integer weights are symmetric: every group of
 a row has a float16 scale, `w = scale * (code - 2 ** (bits - 1))`. A build of the same recipe for
 another runtime holds exactly the same integer weights.
 
-| role | stored as | tensors | weights |
-|---|---|---:|---:|
+| role | stored as | tensors | weights | bits per weight |
+|---|---|---:|---:|---:|
 {% for row in rows -%}
 | {{ row | join(" | ") }} |
 {% endfor %}
-Router, norms and the short convolutions' kernels are always floats.
+Router, norms and the short convolutions' kernels are always floats. Bits per weight count codes,
+scales and offsets as they lie in the file.
 
 ## Run it
 
-Needs {{ runtime }}.
+Needs {{ runtime.needs }}; tested with {{ runtime.tested | join(" and ") }}.
 
 ```
-{{ how_to_run }}```
+{{ runtime.how_to_run }}```
 
 ## Check it
 
@@ -44,37 +51,94 @@ CHECKPOINT FOLDER` measures perplexity, KL divergence and whether the router sti
 experts.
 """
 
+# What may stand between quotes in YAML and be a license, a link to one, or a Hub id.
+_LICENSE = re.compile(
+    r'^(license(?:_name|_link)?):[ \t]*(["\']?)([\w.:/+-]{1,200})\2[ \t]*$', re.M
+)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """The program a build is for.
+
+    Attributes:
+        library: the Hub's ``library_name``.
+        needs: the program and the versions it takes.
+        tested: programs and versions that the tests run.
+        how_to_run: shell lines, each ended by a newline.
+    """
+
+    library: str
+    needs: str
+    tested: tuple[str, ...]
+    how_to_run: str
+
 
 def model_card(
-    plan: Plan, assets: Assets, *, library: str, runtime: str, how_to_run: str
+    plan: Plan,
+    assets: Assets,
+    files: Iterable[FileLayout],
+    runtime: Runtime,
+    stored_as: Callable[[Entry], str],
 ) -> bytes:
     """The card's bytes.
 
     Args:
-        plan: what is stored how.
-        assets: the checkpoint's name and config.
-        library: the Hub's ``library_name``.
-        runtime: the program and version it needs.
-        how_to_run: shell lines that run it.
+        plan: what is stored.
+        assets: the checkpoint's name, config and card.
+        files: the build's files with weights, for their size.
+        runtime: what runs the build.
+        stored_as: how the container stores an entry, in words.
     """
-    base_model = assets.config.get("_name_or_path")
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
     text = environment.from_string(_TEMPLATE).render(
-        library=library,
-        name=assets.name,
+        facts=_facts(assets),
+        name=" ".join(assets.name.split()),
         recipe=plan.recipe,
-        base_model=json.dumps(base_model) if isinstance(base_model, str) and base_model else "",
-        rows=_rows(plan),
+        rows=_rows(plan, files, stored_as),
         runtime=runtime,
-        how_to_run=how_to_run,
     )
     return text.encode()
 
 
-def _rows(plan: Plan) -> list[tuple[str, str, str, str]]:
-    counts: dict[tuple[str, Storage], tuple[int, int]] = {}
+def _facts(assets: Assets) -> list[tuple[str, str]]:
+    """Front matter known from the checkpoint: its Hub id and license, where it states them."""
+    facts = []
+    base = assets.config.get("_name_or_path")
+    if isinstance(base, str) and _HUB_ID.fullmatch(base):  # else a path on somebody's machine
+        facts.append(("base_model", base))
+    card = assets.files.get("README.md", b"").decode("utf-8", "replace").replace("\r\n", "\n")
+    if card.startswith("---\n"):
+        front = card[4:].partition("\n---")[0]
+        licenses = {key: value for key, _, value in _LICENSE.findall(front)}
+        facts += sorted(licenses.items())
+    return facts
+
+
+def _rows(
+    plan: Plan, files: Iterable[FileLayout], stored_as: Callable[[Entry], str]
+) -> list[tuple[str, str, str, str, str]]:
+    """One row for each role and storage, in the plan's order."""
+    nbytes = _stored_nbytes(plan, files)
+    counts: dict[tuple[str, str], tuple[int, int, float]] = {}
     for entry in plan.entries:
-        key = (entry.role.value, entry.storage)
-        tensors, weights = counts.get(key, (0, 0))
-        counts[key] = (tensors + 1, weights + entry.size)
-    return [(role, str(s), f"{n:,}", f"{w:,}") for (role, s), (n, w) in counts.items()]
+        key = (entry.role.value, stored_as(entry))
+        tensors, weights, size = counts.get(key, (0, 0, 0.0))
+        counts[key] = (tensors + 1, weights + entry.size, size + nbytes[entry.name])
+    return [
+        (role, stored, f"{tensors:,}", f"{weights:,}", f"{8 * size / weights:.2f}")
+        for (role, stored), (tensors, weights, size) in counts.items()
+    ]
+
+
+def _stored_nbytes(plan: Plan, files: Iterable[FileLayout]) -> dict[str, float]:
+    """Bytes of every tensor; pieces of several tensors are shared out by number of weights."""
+    sizes = {entry.name: entry.size for entry in plan.entries}
+    nbytes = dict.fromkeys(sizes, 0.0)
+    for file in files:
+        for piece in file.pieces:
+            whole = sum(sizes[name] for name in piece.sources)
+            for name in piece.sources:
+                nbytes[name] += piece.nbytes * sizes[name] / whole
+    return nbytes

@@ -34,6 +34,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
         config = json.loads(path.read_bytes())
+        json.dumps(config, ensure_ascii=False).encode()  # a lone surrogate cannot be written again
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: not found; {folder} is not a checkpoint folder") from error
     except OSError as error:
@@ -59,20 +60,23 @@ def parse_geometry(config: dict[str, Any], source: Path) -> Geometry:
     number = {key: _integer(config, key, source, least=1) for key in _POSITIVE}
     dense = _integer(config, "num_dense_layers", source, least=0)
     types = _layer_types(config, number["num_hidden_layers"], source)
-    head_dim = config.get("head_dim") or number["hidden_size"] // number["num_attention_heads"]
+    derived = number["hidden_size"] // number["num_attention_heads"]
+    given = config if config.get("head_dim") is not None else {"head_dim": derived}
     geometry = Geometry(
         **number,
         num_dense_layers=dense,
-        head_dim=int(head_dim),
+        head_dim=_integer(given, "head_dim", source, least=1),
         norm_eps=_real(config.get("norm_eps"), "norm_eps", source),
         rope_theta=_rope_theta(config, source),
         layer_types=types,
-        norm_topk_prob=bool(config.get("norm_topk_prob", True)),
-        use_expert_bias=bool(config.get("use_expert_bias", True)),
-        routed_scaling_factor=float(config.get("routed_scaling_factor", 1.0)),
-        bos_token_id=_token(config, "bos_token_id"),
-        eos_token_id=_token(config, "eos_token_id"),
-        pad_token_id=_token(config, "pad_token_id"),
+        norm_topk_prob=_flag(config, "norm_topk_prob", source),
+        use_expert_bias=_flag(config, "use_expert_bias", source),
+        routed_scaling_factor=_real(
+            config.get("routed_scaling_factor", 1.0), "routed_scaling_factor", source
+        ),
+        bos_token_id=_token(config, "bos_token_id", source),
+        eos_token_id=_token(config, "eos_token_id", source),
+        pad_token_id=_token(config, "pad_token_id", source),
     )
     _check_consistent(config, geometry, source)
     return geometry
@@ -94,6 +98,11 @@ def _check_consistent(config: dict[str, Any], g: Geometry, source: Path) -> None
         ),
         (g.num_dense_layers > g.num_hidden_layers, "num_dense_layers exceeds num_hidden_layers"),
         (g.head_dim % 2 != 0, f"head_dim {g.head_dim} is odd, rotary embedding needs pairs"),
+        (
+            g.num_hidden_layers * g.num_experts > _MOST_EXPERTS,
+            f"num_experts {g.num_experts} in each of {g.num_hidden_layers} layers, expected at "
+            f"most {_MOST_EXPERTS:,} in all",
+        ),
     )
     for wrong, message in problems:
         if wrong:
@@ -103,41 +112,68 @@ def _check_consistent(config: dict[str, Any], g: Geometry, source: Path) -> None
 def _integer(config: dict[str, Any], key: str, source: Path, least: int) -> int:
     value = config.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= _LARGEST:
-        raise CheckpointError(f"{source}: {key} is {value!r}, expected an integer >= {least}")
+        raise CheckpointError(
+            f"{source}: {key} is {_short(value)}, expected an integer >= {least}"
+        )
+    return value
+
+
+def _flag(config: dict[str, Any], key: str, source: Path) -> bool:
+    value = config.get(key, True)
+    if not isinstance(value, bool):
+        raise CheckpointError(f"{source}: {key} is {_short(value)}, expected true or false")
     return value
 
 
 def _real(value: Any, key: str, source: Path) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e30:
-        raise CheckpointError(f"{source}: {key} is {value!r}, expected a positive number")
+        raise CheckpointError(f"{source}: {key} is {_short(value)}, expected a positive number")
     return float(value)
 
 
-def _token(config: dict[str, Any], key: str) -> int | None:
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def _token(config: dict[str, Any], key: str, source: Path) -> int | None:
     value = config.get(key)
     if isinstance(value, list):  # some configs list several end tokens; the first ends a turn
         value = value[0] if value else None
-    return value if isinstance(value, int) else None
+    if value is None:
+        return None
+    last = config["vocab_size"] - 1
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= last:
+        raise CheckpointError(
+            f"{source}: {key} is {_short(value)}, expected a token from 0 to {last}"
+        )
+    return value
 
 
 def _rope_theta(config: dict[str, Any], source: Path) -> float:
     """Flat ``rope_theta`` or nested ``rope_parameters``; never a default (see model facts)."""
     nested = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(nested, dict):
+        raise CheckpointError(f"{source}: rope_parameters is {_short(nested)}, expected an object")
     kind = nested.get("rope_type", "default")
     if kind != "default":
-        raise CheckpointError(f"{source}: rope_type is {kind!r}, only 'default' is supported")
+        raise CheckpointError(
+            f"{source}: rope_type is {_short(kind)}, only 'default' is supported"
+        )
     value = nested.get("rope_theta", config.get("rope_theta"))
     return _real(value, "rope_theta", source)
 
 
 def _layer_types(config: dict[str, Any], layers: int, source: Path) -> tuple[Any, ...]:
     types = config.get("layer_types")
-    if types is None and isinstance(config.get("full_attn_idxs"), list):
-        attention = set(config["full_attn_idxs"])
-        types = ["full_attention" if i in attention else "conv" for i in range(layers)]
+    indices = config.get("full_attn_idxs")
+    if types is None and isinstance(indices, list) and layers <= _MOST_LAYERS:
+        types = ["full_attention" if i in indices else "conv" for i in range(layers)]
     if not isinstance(types, list) or len(types) != layers:
         raise CheckpointError(f"{source}: layer_types must list one type for each of {layers}")
     for i, kind in enumerate(types):
         if kind not in ("conv", "full_attention"):
-            raise CheckpointError(f"{source}: layer_types[{i}] is {kind!r}, not conv or attention")
+            raise CheckpointError(
+                f"{source}: layer_types[{i}] is {_short(kind)}, not conv or attention"
+            )
     return tuple(types)

@@ -6,7 +6,7 @@ is ``bias = -2 ** (bits - 1) * scale``, exact in float16. docs/mlx.md lists file
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfmq.formats.build import Assets, BuildLayout, Bytes, Piece, as_bytes, as_json, text_file
-from lfmq.formats.card import model_card
+from lfmq.formats.card import Runtime, model_card
 from lfmq.formats.mlx_names import module_path
 from lfmq.formats.mlx_reader import open_reader as open_reader
 from lfmq.formats.safetensors_layout import TensorLayout, shard_files
@@ -30,10 +30,18 @@ GROUPS = (32, 64, 128)
 # Activations take the dtype of norms and scales; the router's scores decide in float32.
 _FLOAT16_ROLES = (Role.NORM, Role.CONV_KERNEL)
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-_HOW_TO_RUN = """\
+_LARGEST = float(np.finfo(np.float16).max)
+# Keys that would have mlx-lm load another class, or quantize otherwise.
+_DROPPED = ("quantization", "quantization_config", "quantize_activations", "model_file")
+_RUNTIME = Runtime(
+    library="mlx",
+    needs="mlx-lm 0.32.0 or later",
+    tested=("mlx 0.32.4", "mlx-lm 0.32.2"),
+    how_to_run="""\
 pip install mlx-lm
 mlx_lm.generate --model FOLDER --prompt "..."
-"""
+""",
+)
 
 
 def check(plan: Plan, assets: Assets) -> None:
@@ -52,6 +60,11 @@ def check(plan: Plan, assets: Assets) -> None:
         raise UnsupportedError(
             "config.json: layer_types has only one kind, mlx-lm needs an attention and a conv "
             "layer; use onnx"
+        )
+    if g.conv_L_cache < 2:
+        raise UnsupportedError(
+            f"config.json: conv_L_cache is {g.conv_L_cache}, with which mlx-lm's convolution "
+            "cache keeps every token instead of none; use onnx"
         )
     for entry in plan.entries:
         _check_entry(entry)
@@ -103,10 +116,7 @@ def sharded_layout(plan: Plan, assets: Assets, **options: int) -> BuildLayout:
         shard_files(tensors, metadata={"format": "mlx"}, total_parameters=weights, **options)
     )
     files.append(text_file("config.json", as_json(_config(plan, assets))))
-    card = model_card(
-        plan, assets, library="mlx", runtime="mlx-lm 0.32.0 or later", how_to_run=_HOW_TO_RUN
-    )
-    files.append(text_file("README.md", card))
+    files.append(text_file("README.md", model_card(plan, assets, files, _RUNTIME, _stored_as)))
     taken = {file.path for file in files}
     files += [text_file(n, c) for n, c in sorted(assets.files.items()) if n not in taken]
     return BuildLayout(NAME, tuple(files))
@@ -130,7 +140,7 @@ def _tensors(path: str, entries: tuple[Entry, ...]) -> Iterator[TensorLayout]:
         if first.role is Role.CONV_KERNEL:  # [H, 1, L] becomes [H, L, 1], the same bytes
             shape = (shape[0], shape[2], 1)
         name = path if first.role is Role.EXPERT_BIAS else f"{path}.weight"
-        yield _tensor(name, dtype, (*stack, *shape), entries, partial(_pack_float, dtype=dtype))
+        yield _tensor(name, dtype, (*stack, *shape), entries, _pack_float)
         return
     *rows, columns = first.shape
     words, groups = columns * first.scheme.bits // 32, columns // first.scheme.group
@@ -144,11 +154,17 @@ def _tensors(path: str, entries: tuple[Entry, ...]) -> Iterator[TensorLayout]:
 
 
 def _tensor(
-    name: str, dtype: str, shape: tuple[int, ...], entries: tuple[Entry, ...], pack: Any
+    name: str,
+    dtype: str,
+    shape: tuple[int, ...],
+    entries: tuple[Entry, ...],
+    pack: Callable[[Entry, Any], Bytes],
 ) -> TensorLayout:
     whole = TensorLayout(name, dtype, shape, ())
     nbytes = whole.nbytes // len(entries)
-    pieces = tuple(Piece(i * nbytes, nbytes, (e.name,), pack) for i, e in enumerate(entries))
+    pieces = tuple(
+        Piece(i * nbytes, nbytes, (e.name,), partial(pack, e)) for i, e in enumerate(entries)
+    )
     return TensorLayout(name, dtype, shape, pieces)
 
 
@@ -156,6 +172,14 @@ def _float_dtype(entry: Entry) -> str:
     if entry.role in _FLOAT16_ROLES:
         return "F16"
     return _DTYPES[str(entry.storage)]
+
+
+def _stored_as(entry: Entry) -> str:
+    """The entry's storage in the model card."""
+    if entry.scheme is not None:
+        return str(entry.scheme)
+    dtype = _float_dtype(entry)
+    return next(name for name, short in _DTYPES.items() if short == dtype)
 
 
 def _config(plan: Plan, assets: Assets) -> dict[str, Any]:
@@ -171,10 +195,15 @@ def _config(plan: Plan, assets: Assets) -> dict[str, Any]:
             path: False if scheme is None else _scheme_json(scheme)
             for path, scheme in schemes.items()
         }
-    config = {k: v for k, v in assets.config.items() if k != "quantization_config"}
-    config |= {"layer_types": list(plan.geometry.layer_types)}
+    g = plan.geometry
+    config = {k: v for k, v in assets.config.items() if k not in _DROPPED}
+    config |= {"layer_types": list(g.layer_types)}
+    if "full_attn_idxs" in config:  # read in place of layer_types
+        config["full_attn_idxs"] = list(g.attention_layers)
+    if "rope_theta" not in (config.get("rope_parameters") or {}):  # rope_scaling is not read
+        config["rope_theta"] = g.rope_theta
     for key in ("norm_topk_prob", "use_expert_bias", "routed_scaling_factor"):
-        config[key] = getattr(plan.geometry, key)
+        config[key] = getattr(g, key)
     config.setdefault("conv_bias", False)
     if not quantization:
         return config
@@ -185,7 +214,7 @@ def _scheme_json(scheme: Scheme) -> dict[str, Any]:
     return {"group_size": scheme.group, "bits": scheme.bits, "mode": "affine"}
 
 
-def _pack_codes(q: Quantized) -> Bytes:
+def _pack_codes(entry: Entry, q: Quantized) -> Bytes:
     """Codes as a little-endian bit stream: of two 4-bit codes the first is the low half."""
     if q.scheme.bits == 8:
         return as_bytes(q.codes)
@@ -193,23 +222,31 @@ def _pack_codes(q: Quantized) -> Bytes:
     return np.bitwise_or(pairs[:, 0], np.left_shift(pairs[:, 1], np.uint8(4)))
 
 
-def _pack_scales(q: Quantized) -> Bytes:
+def _pack_scales(entry: Entry, q: Quantized) -> Bytes:
     return as_bytes(q.scale)
 
 
-def _pack_biases(q: Quantized) -> Bytes:
+def _pack_biases(entry: Entry, q: Quantized) -> Bytes:
     """-2 ** (bits - 1) times the scale; a power of two, so exact unless it overflows."""
-    with np.errstate(over="ignore"):
-        biases = q.scale * np.float16(-q.scheme.zero_point)
-    if not np.isfinite(biases).all():
+    largest = float(np.abs(q.scale).max(initial=0))
+    if largest * q.scheme.zero_point > _LARGEST:
         raise UnsupportedError(
-            f"a scale of {float(np.abs(q.scale).max())} is too large for mlx, whose float16 bias "
-            f"is {q.scheme.zero_point} times it; use gguf or onnx"
+            f"{entry.name}: a scale of {largest} is too large for mlx, whose float16 bias is "
+            f"{q.scheme.zero_point} times it; use gguf or onnx"
         )
-    return as_bytes(biases)
+    return as_bytes(q.scale * np.float16(-q.scheme.zero_point))
 
 
-def _pack_float(values: NDArray[np.float32], dtype: str) -> Bytes:
+def _pack_float(entry: Entry, values: NDArray[np.float32]) -> Bytes:
+    dtype = _float_dtype(entry)
+    if dtype == "F32":
+        return as_bytes(values.astype(np.float32, copy=False))
     if dtype == "BF16":
         return as_bytes(values.astype(ml_dtypes.bfloat16))
-    return as_bytes(values.astype(np.float16 if dtype == "F16" else np.float32))
+    largest = float(np.abs(values).max(initial=0))
+    if largest > _LARGEST:
+        raise UnsupportedError(
+            f"{entry.name}: holds {largest:g}, beyond the {_LARGEST:g} of the float16 that mlx "
+            "stores it in; use gguf or onnx"
+        )
+    return as_bytes(values.astype(np.float16))

@@ -5,7 +5,6 @@ docs/onnx.md lists files, tensors and layouts.
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from lfmq.formats.build import Assets, BuildLayout, FileLayout, Piece, as_json, text_file
-from lfmq.formats.card import model_card
+from lfmq.formats.card import Runtime, model_card
 from lfmq.formats.onnx_graph import GraphBuilder
 from lfmq.formats.onnx_reader import DATA_FILE, MODEL_FILE
 from lfmq.formats.onnx_reader import open_reader as open_reader
@@ -28,7 +27,11 @@ GROUPS = (32, 64, 128)
 # a page: what runtimes map at a time (onnx.proto, external_data); smaller tensors share pages
 _PAGE = 4096
 _SMALL = 64
-_HOW_TO_RUN = """\
+_RUNTIME = Runtime(
+    library="onnx",
+    needs="onnxruntime 1.31 or later, onnxruntime-genai 0.18 or later",
+    tested=("onnxruntime 1.32.0", "onnxruntime-genai 0.18.0"),
+    how_to_run="""\
 pip install onnxruntime-genai
 python -c "
 import onnxruntime_genai as og
@@ -40,7 +43,8 @@ while not generator.is_done():
     generator.generate_next_token()
 print(tokenizer.decode(generator.get_sequence(0)))
 "
-"""
+""",
+)
 _SEARCH_KEYS = ("temperature", "top_k", "top_p", "repetition_penalty")
 
 
@@ -116,23 +120,21 @@ def layout(plan: Plan, assets: Assets) -> BuildLayout:
         (offsets[t.name], t.constant) for t in builder.tensors if t.constant is not None
     )
     pieces = tuple(p for t in builder.tensors for p in _pieces(t, offsets))
-    card = model_card(
-        plan,
-        assets,
-        library="onnx",
-        runtime="onnxruntime 1.31 or later, onnxruntime-genai 0.18 or later",
-        how_to_run=_HOW_TO_RUN,
-    )
     files = [
         text_file(MODEL_FILE, model),
         FileLayout(DATA_FILE, size, constants, pieces),
         text_file("genai_config.json", as_json(_genai_config(plan, assets))),
         text_file("config.json", as_json(_config(assets))),
-        text_file("README.md", card),
     ]
+    files.append(text_file("README.md", model_card(plan, assets, files, _RUNTIME, _stored_as)))
     taken = {file.path for file in files}
     files += [text_file(n, c) for n, c in sorted(assets.files.items()) if n not in taken]
     return BuildLayout(NAME, tuple(files))
+
+
+def _stored_as(entry: Entry) -> str:
+    """The entry's storage in the model card."""
+    return str(entry.storage)
 
 
 def _place(tensors: list[DataTensor]) -> dict[str, int]:
@@ -225,8 +227,3 @@ def _genai_decoder(plan: Plan) -> dict[str, Any]:
             "present_conv_names": "present_conv.%d",
         },
     }
-
-
-def build_path(folder: Path, stem: str) -> Path:
-    """Where ``convert`` puts this format's build."""
-    return folder / f"{stem}-onnx"

@@ -140,8 +140,11 @@ def read_tensor(tensor: StoredTensor) -> NDArray[Any]:
     """The tensor's values in its own dtype (bfloat16 through ml_dtypes).
 
     Raises:
-        CheckpointError: the file changed since its header was read, or cannot be read.
+        CheckpointError: a dtype not known here, the file changed since its header was read, or
+            it cannot be read.
     """
+    if tensor.dtype not in DTYPES:
+        raise CheckpointError(f"{tensor.path}: holds dtype {tensor.dtype}, which is not known")
     content = np.empty(tensor.nbytes, np.uint8)
     view = content.data
     try:

@@ -68,7 +68,7 @@ class BuildWriter:
     @staticmethod
     def _reserve(descriptor: int, file: FileLayout) -> None:
         if file.size:
-            os.posix_fallocate(descriptor, 0, file.size)
+            _allocate(descriptor, file.size)
         for offset, content in file.constants:
             _write_all(descriptor, memoryview(content), offset)
 
@@ -93,11 +93,11 @@ class BuildWriter:
         except OSError as error:
             raise self._explain(error) from error
 
-    def commit(self) -> None:
-        """Give the finished build its name, replacing an older one.
+    def finish(self) -> None:
+        """Have every byte on the disk, still under the temporary name.
 
         Raises:
-            PlanError: a piece was never written, or the rename failed.
+            PlanError: a piece was never written, or the file system refused.
         """
         if self._pending:
             raise PlanError(f"{self.target}: {self._pending} pieces were never written")
@@ -105,19 +105,38 @@ class BuildWriter:
             for descriptor in self._files.values():
                 os.fsync(descriptor)
             self._close()
-            old = self.target.with_name(self.target.name + ".old")
+        except OSError as error:
+            raise self._explain(error) from error
+
+    def commit(self) -> None:
+        """Give the finished build its name, replacing an older one.
+
+        Raises:
+            PlanError: a piece was never written, or the rename failed; an older build is back.
+        """
+        self.finish()
+        old = self.target.with_name(self.target.name + ".old")
+        try:
             _remove(old)
-            if self.target.is_dir():
+            aside = self.target.is_dir() or (os.path.lexists(self.target) and self.part.is_dir())
+            if aside:  # a folder cannot be replaced by a rename
                 self.target.rename(old)
-            self.part.rename(self.target)
+            try:
+                self.part.rename(self.target)
+            except OSError:
+                if aside:
+                    old.rename(self.target)
+                raise
             _remove(old)
         except OSError as error:
             raise self._explain(error) from error
 
     def abort(self) -> None:
         """Remove everything written so far; the final name is left as it was."""
-        self._close()
-        _remove(self.part)
+        with suppress(OSError):  # the error that led here is the one to show
+            self._close()
+        with suppress(OSError):
+            _remove(self.part)
 
     def _close(self) -> None:
         for descriptor in self._files.values():
@@ -135,6 +154,17 @@ class BuildWriter:
     ) -> None:
         if kind is not None:
             self.abort()
+
+
+def _allocate(descriptor: int, size: int) -> None:
+    """Reserve the space where the system can, else only set the length."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            return os.posix_fallocate(descriptor, 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise
+    return os.ftruncate(descriptor, size)
 
 
 def _write_all(descriptor: int, content: memoryview, offset: int) -> None:

@@ -13,19 +13,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from lfmq.quant.lanes import LANES, TARGETS, load_group, nearest_level, search_scale
 from lfmq.quant.types import Quantized, Scheme
-
-# Levels tried for the largest weight of a group. Ten steps of 1/3 from 6 to 9 come within 0.2 %
-# of the squared error of an exhaustive search (docs/quantization.md).
-TARGETS = {
-    4: np.arange(18, 28, dtype=np.float32) / np.float32(3),
-    8: np.array([126.0, 126.5, 127.0, 127.4], np.float32),
-}
-_LANES = 16
-_ROUND = np.float32(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds to nearest even
-_LARGEST = np.float32(65504)  # largest float16
-_TINY = np.float32(2.0**-14)  # smallest normal float16
-_SUBNORMAL = np.float32(0.75)  # adding and subtracting it rounds to a multiple of 2^-24
 
 
 def quantize(
@@ -68,30 +57,24 @@ def quantize(
 @njit(nogil=True, cache=True, error_model="numpy")
 def _quantize_rows(w, h, group, limits, zero, targets, codes, scale):  # type: ignore[no-untyped-def] # pragma: no cover
     n_rows, n_columns = w.shape
-    x = np.zeros((group, _LANES), np.float32)
-    peak = np.zeros(_LANES, np.float32)
+    x = np.zeros((group, LANES), np.float32)
+    peak = np.zeros(LANES, np.float32)
     sound = True
-    best = np.zeros(_LANES, np.float32)
-    best_scale = np.zeros(_LANES, np.float32)
-    inverse = np.zeros(_LANES, np.float32)
-    xq = np.zeros(_LANES, np.float32)
-    qq = np.zeros(_LANES, np.float32)
-    for row in range(0, n_rows, _LANES):
-        lanes = min(_LANES, n_rows - row)
+    best = np.zeros(LANES, np.float32)
+    best_scale = np.zeros(LANES, np.float32)
+    inverse = np.zeros(LANES, np.float32)
+    xq = np.zeros(LANES, np.float32)
+    qq = np.zeros(LANES, np.float32)
+    for row in range(0, n_rows, LANES):
+        lanes = min(LANES, n_rows - row)
         for column in range(0, n_columns, group):
-            _load(w, row, column, lanes, x)
-            sound = _find_peak(x, peak) and sound
+            load_group(w, row, column, lanes, x)
             hg = h[column : column + group]
-            best[:] = np.float32(-1)
-            best_scale[:] = np.float32(0)
-            for t in range(targets.size):
-                _invert(peak, -targets[t], inverse)
-                _fit(x, hg, inverse, limits[0], limits[1], xq, qq)
-                _keep_best(xq, qq, best, best_scale)
-            _invert(best_scale, np.float32(1), inverse)
-            _fit(x, hg, inverse, limits[0], limits[1], xq, qq)
-            _half_scale(xq, qq, best_scale)
-            _invert(best_scale, np.float32(1), inverse)
+            low, high = limits[0], limits[1]
+            found = search_scale(
+                x, hg, low, high, targets, peak, best, best_scale, inverse, xq, qq
+            )
+            sound = found and sound
             for lane in range(lanes):
                 scale[row + lane, column // group] = best_scale[lane]
             _store_codes(x, inverse, limits, zero, codes, row, column, lanes)
@@ -99,79 +82,8 @@ def _quantize_rows(w, h, group, limits, zero, targets, codes, scale):  # type: i
 
 
 @njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _load(w, row, column, lanes, x):  # type: ignore[no-untyped-def] # pragma: no cover
-    for lane in range(lanes):
-        for j in range(x.shape[0]):
-            x[j, lane] = w[row + lane, column + j]
-    for lane in range(lanes, _LANES):
-        for j in range(x.shape[0]):
-            x[j, lane] = np.float32(0)
-
-
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _find_peak(x, peak):  # type: ignore[no-untyped-def] # pragma: no cover
-    """The largest weight of each lane with its sign; False when one is no finite float16."""
-    for lane in range(_LANES):
-        peak[lane] = np.float32(0)
-    outside = np.int32(0)
-    for j in range(x.shape[0]):
-        for lane in range(_LANES):
-            value = x[j, lane]
-            peak[lane] = value if abs(value) > abs(peak[lane]) else peak[lane]
-            outside |= np.int32(not abs(value) <= _LARGEST)
-    return outside == 0
-
-
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _invert(divisor, numerator, out):  # type: ignore[no-untyped-def] # pragma: no cover
-    for lane in range(_LANES):
-        d = divisor[lane]
-        out[lane] = np.float32(0) if d == np.float32(0) else numerator / d
-
-
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _fit(x, h, inverse, low, high, xq, qq):  # type: ignore[no-untyped-def] # pragma: no cover
-    for lane in range(_LANES):
-        xq[lane] = np.float32(0)
-        qq[lane] = np.float32(0)
-    for j in range(x.shape[0]):
-        for lane in range(_LANES):
-            q = (x[j, lane] * inverse[lane] + _ROUND) - _ROUND
-            q = min(max(q, low), high)
-            hq = h[j] * q
-            xq[lane] += hq * x[j, lane]
-            qq[lane] += hq * q
-
-
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _keep_best(xq, qq, best, best_scale):  # type: ignore[no-untyped-def] # pragma: no cover
-    for lane in range(_LANES):
-        s = np.float32(0) if qq[lane] == np.float32(0) else xq[lane] / qq[lane]
-        gain = s * xq[lane]
-        better = gain > best[lane]
-        best[lane] = gain if better else best[lane]
-        best_scale[lane] = s if better else best_scale[lane]
-
-
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _half_scale(xq, qq, scale):  # type: ignore[no-untyped-def] # pragma: no cover
-    """The fitted scale, rounded to the nearest float16 (ties to even), kept as float32."""
-    for lane in range(_LANES):
-        scale[lane] = np.float32(0) if qq[lane] == np.float32(0) else xq[lane] / qq[lane]
-    bits = scale.view(np.int32)
-    for lane in range(_LANES):
-        s = scale[lane]
-        small = (s + _SUBNORMAL) - _SUBNORMAL
-        b = bits[lane]
-        bits[lane] = (b + np.int32(0xFFF) + ((b >> np.int32(13)) & np.int32(1))) & np.int32(-8192)
-        if abs(s) < _TINY:
-            scale[lane] = small
-
-
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
 def _store_codes(x, inverse, limits, zero, codes, row, column, lanes):  # type: ignore[no-untyped-def] # pragma: no cover
     for lane in range(lanes):
         for j in range(x.shape[0]):
-            q = (x[j, lane] * inverse[lane] + _ROUND) - _ROUND
-            q = min(max(q, limits[0]), limits[1])
+            q = nearest_level(x[j, lane] * inverse[lane], limits[0], limits[1])
             codes[row + lane, column + j] = np.uint8(q + zero)

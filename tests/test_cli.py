@@ -22,7 +22,7 @@ def document(result: Result) -> dict:
 @pytest.fixture(scope="module")
 def builds(tmp_path_factory):
     output = tmp_path_factory.mktemp("builds")
-    done = lfmq("convert", "sample", "--output", output, "--json", "--quiet")
+    done = lfmq("convert", "sample", "--output", output, "--uncalibrated", "--json", "--quiet")
     assert done.stderr == ""
     return document(done)
 
@@ -67,10 +67,23 @@ def test_convert(builds):
 
 
 def test_progress_goes_to_stderr_a_line_at_a_time(tmp_path):
-    done = lfmq("convert", "sample", "--output", tmp_path, "--to", "gguf")
+    done = lfmq("convert", "sample", "--output", tmp_path, "--to", "gguf", "--tokens", 4096)
     assert "quantizing: 100 %" in done.stderr.splitlines()
     assert "quantizing" not in done.stdout
     assert "lfm2moe-tiny-int4.gguf" in done.stdout
+    assert "fewest tokens" in done.stdout
+
+
+def test_convert_calibrates_by_default(tmp_path):
+    words = ("convert", "sample", "--output", tmp_path, "--to", "gguf", "--tokens", 4096)
+    found = document(lfmq(*words, "--json", "--quiet"))
+    assert found["tokens"] == 4096
+    assert len(found["experts"]) == 4 * 16
+    assert sum(e["tokens"] for e in found["experts"]) == 4096 * 2 * 4
+    assert {e["rule"] for e in found["experts"]} <= {"own", "shrunk", "pooled"}
+    assert [r["layer"] for r in found["routers"]] == [2, 3, 4, 5]
+    both = lfmq(*words, "--text", "a.txt", "--uncalibrated")
+    assert both.exit_code == 2
 
 
 def validate(builds, *words: object) -> Result:

@@ -1,10 +1,12 @@
 """Results as tables for a terminal; the command line prints them."""
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 from rich.table import Table
 
+from lfmq.converter.calibrated import Calibration
 from lfmq.converter.convert import Build, PlannedBuild
 from lfmq.converter.inspect import Inspection
 from lfmq.converter.plan import summarize
@@ -53,6 +55,33 @@ def builds_table(builds: Iterable[Build]) -> Table:
     """Builds just written."""
     rows = [(b.format, f"{b.nbytes:,}", f"{b.bits_per_weight:.3f}", str(b.path)) for b in builds]
     return _table("builds", ("format", "bytes", "bits/weight", "path"), rows)
+
+
+def coverage_table(calibration: Calibration) -> Table:
+    """What calibration saw of each layer's experts; the JSON has every expert."""
+    rows = []
+    routers = {step.layer: step for step in calibration.routers}
+    for layer in dict.fromkeys(e.layer for e in calibration.experts):
+        experts = [e for e in calibration.experts if e.layer == layer]
+        tokens = [e.tokens for e in experts]
+        rules = Counter(e.rule for e in experts)
+        nearest = sum(e.error_nearest for e in experts) / len(experts)
+        error = sum(e.error for e in experts) / len(experts)
+        step = routers.get(layer)
+        rows.append(
+            (
+                str(layer),
+                f"{min(tokens):,}",
+                f"{max(tokens):,}",
+                f"{experts[0].quota:,}",
+                ", ".join(f"{n} {rule}" for rule, n in sorted(rules.items())),
+                f"{nearest:.6f}",
+                f"{error:.6f}",
+                "refitted" if step is not None and step.kept else "as it was",
+            )
+        )
+    columns = ("layer", "fewest tokens", "most", "quota", "moments", "nearest", "error", "router")
+    return _table("experts", columns, rows)
 
 
 def report_table(report: Report) -> Table:

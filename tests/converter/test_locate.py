@@ -104,14 +104,45 @@ def test_a_hub_id_with_a_revision_is_downloaded(hub, tmp_path):
 def test_an_unknown_revision_is_one_line(hub, tmp_path):
     done = lfmq(hub, tmp_path / "cache", "inspect", f"{REPOSITORY}@main", "--quiet")
     assert done.returncode == 1
-    assert done.stderr.startswith(f"Error: {REPOSITORY}: cannot be downloaded")
+    assert done.stderr.startswith(f"Error: {REPOSITORY}: no such folder, and as a Hub id")
+    assert done.stderr.count("\n") == 1
+
+
+class Page(BaseHTTPRequestHandler):
+    """Not a Hub: a portal that answers everything with a page of its own."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"<html>please log in</html>")
+
+    def log_message(self, *arguments: object) -> None:
+        """Say nothing."""
+
+
+class Hangup(Page):
+    """Closes the connection without an answer."""
+
+    def do_GET(self) -> None:
+        self.close_connection = True
+
+
+@pytest.mark.parametrize("handler", [Page, Hangup])
+def test_a_server_that_is_no_hub_is_one_line(handler, tmp_path):
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        done = lfmq(endpoint, tmp_path / "cache", "inspect", REPOSITORY, "--quiet")
+        server.shutdown()
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"Error: {REPOSITORY}: no such folder, and as a Hub id")
     assert done.stderr.count("\n") == 1
 
 
 def test_a_hub_out_of_reach_is_one_line(tmp_path):
     done = lfmq("http://127.0.0.1:9", tmp_path / "cache", "inspect", REPOSITORY, "--quiet")
     assert done.returncode == 1
-    assert done.stderr.startswith(f"Error: {REPOSITORY}: cannot be downloaded")
+    assert done.stderr.startswith(f"Error: {REPOSITORY}: no such folder, and as a Hub id")
     assert "Traceback" not in done.stderr
 
 

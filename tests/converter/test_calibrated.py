@@ -1,0 +1,161 @@
+"""Calibrated conversion: nearer the reference, the same bytes every time, no expert left out."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from lfmq.converter.calibrated import Calibration, calibrated_units, step_toward
+from lfmq.converter.checkpoint import Checkpoint, open_checkpoint
+from lfmq.converter.forward import Model, run_model
+from lfmq.converter.nearest import nearest_units
+from lfmq.converter.plan import resolve_plan
+from lfmq.converter.recipe import load_recipe
+from lfmq.converter.text import load_windows
+from lfmq.quant.errors import CheckpointError, ValidationError
+from lfmq.quant.types import Quantized, dequantize
+from lfmq.validation.metrics import Predictor, compare_routing, score_positions
+
+SEQUENCE = 256
+
+
+@pytest.fixture(scope="module")
+def sample(sample_folder) -> Checkpoint:
+    return open_checkpoint(sample_folder)
+
+
+def windows_of(sample, name, tokens):
+    path = sample.folder.parent / name
+    return load_windows([path], sample.assets, sample.geometry, tokens=tokens, sequence=SEQUENCE)
+
+
+def run(sample, recipe, windows=None, threads=2, plan=None):
+    """The weights a conversion would write, and what calibration found."""
+    plan = plan or resolve_plan(sample.geometry, load_recipe(recipe))
+    found: dict = {}
+    calibration = None
+    if windows is None:
+        units = nearest_units(sample, plan, found.update, threads)
+    else:
+        calibration = Calibration(windows)
+        units = calibrated_units(sample, plan, calibration, found.update, threads)
+    seen = [entry.name for unit in units for entry in unit]
+    assert sorted(seen) == sorted(found) == sorted(sample.stored)
+    return found, calibration
+
+
+def read_of(weights):
+    return lambda name: (
+        dequantize(weights[name]) if isinstance(weights[name], Quantized) else weights[name]
+    )
+
+
+@pytest.fixture(scope="module")
+def calibrated(sample):
+    return run(sample, "int4", windows_of(sample, "calibration.jsonl", 16384))
+
+
+def test_nearer_than_rounding_to_nearest(sample, calibrated):
+    """Half a thousand windows would show 0.54; a few keep the test short and still tell."""
+    windows = windows_of(sample, "evaluation.jsonl", 11 * SEQUENCE)
+    head = "model.embed_tokens.weight"
+    reference = run_model(Model(sample.geometry, sample.read), windows.ids)
+    predictor = Predictor(reference.hidden, torch.from_numpy(sample.read(head)))
+    kld, exact = {}, {}
+    for name, weights in (("ours", calibrated[0]), ("nearest", run(sample, "int4")[0])):
+        read = read_of(weights)
+        trace = run_model(Model(sample.geometry, read), windows.ids)
+        own = Predictor(trace.hidden, torch.from_numpy(read(head)))
+        kld[name] = score_positions(predictor, own, windows.ids).kld.mean()
+        exact[name] = np.mean(
+            [
+                compare_routing(
+                    layer, r.selected, trace.routing[layer].selected, sample.geometry.num_experts
+                ).exact_set
+                for layer, r in reference.routing.items()
+            ]
+        )
+    assert kld["ours"] < 0.85 * kld["nearest"]
+    assert exact["ours"] > exact["nearest"]
+
+
+def test_the_same_codes_whatever_the_threads(sample, calibrated):
+    again, _ = run(sample, "int4", windows_of(sample, "calibration.jsonl", 16384), threads=1)
+    for name, weight in calibrated[0].items():
+        if isinstance(weight, Quantized):
+            np.testing.assert_array_equal(weight.codes, again[name].codes, err_msg=name)
+            np.testing.assert_array_equal(weight.scale, again[name].scale, err_msg=name)
+        else:
+            np.testing.assert_array_equal(weight, again[name], err_msg=name)
+
+
+def test_every_expert_is_reported(sample, calibrated):
+    _, calibration = calibrated
+    assert [(e.layer, e.expert) for e in calibration.experts] == [
+        (layer, expert) for layer in sample.geometry.moe_layers for expert in range(16)
+    ]
+    assert sum(e.tokens for e in calibration.experts) == 16384 * 2 * 4
+    for expert in calibration.experts:
+        assert 0 < expert.error < expert.error_nearest
+        assert expert.quota == 512
+        assert expert.rule == ("own" if expert.tokens >= 512 else "shrunk")
+    assert [r.layer for r in calibration.routers] == list(sample.geometry.moe_layers)
+
+
+def test_only_weights_with_a_scheme_and_routers_change(sample, calibrated):
+    kept = {r.layer for r in calibrated[1].routers if r.kept}
+    for name, weight in calibrated[0].items():
+        if isinstance(weight, Quantized):
+            continue
+        same = np.array_equal(weight, sample.read(name))
+        router = name.endswith("feed_forward.gate.weight")
+        assert same != (router and int(name.split(".")[2]) in kept)
+
+
+def test_experts_without_tokens_get_a_sound_weight(sample):
+    """One short window leaves most experts below quota and some without any token."""
+    windows = windows_of(sample, "calibration.jsonl", SEQUENCE)
+    short = replace(windows, ids=windows.ids[:, :24])
+    weights, calibration = run(sample, "int4", short)
+    rules = {e.rule for e in calibration.experts}
+    assert rules == {"pooled", "shrunk"}
+    for weight in weights.values():
+        values = dequantize(weight) if isinstance(weight, Quantized) else weight
+        assert np.isfinite(values).all()
+    assert calibration.routers == []  # nothing could be held out
+
+
+def test_a_step_is_the_ridge_regression_of_what_is_missing():
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(500, 12, generator=generator)
+    w, true = torch.randn(5, 12, generator=generator), torch.randn(5, 12, generator=generator)
+    gap = x @ (true - w).T
+    h = x.T @ x
+    stepped = step_toward(w, h, gap.T @ x, 1e-9)
+    np.testing.assert_allclose(stepped, true.numpy(), atol=1e-4)
+    still = step_toward(w, h, gap.T @ x, 1e9)
+    np.testing.assert_allclose(still, w.numpy(), atol=1e-6)
+    nothing = step_toward(w, torch.zeros(12, 12), torch.zeros(5, 12), 0.1)
+    np.testing.assert_array_equal(nothing, w.numpy())
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("model.layers.3.feed_forward.experts.5.w3.weight", CheckpointError, "experts.5.w3"),
+        ("model.layers.0.conv.conv.weight", CheckpointError, "conv.conv"),
+    ],
+)
+def test_damaged_weights_are_named(sample, name, error, message):
+    class Damaged(Checkpoint):
+        def read(self, wanted):
+            values = super().read(wanted)
+            if wanted == name:
+                values = values.copy()
+                values.reshape(-1)[0] = np.nan
+            return values
+
+    damaged = Damaged(sample.folder, sample.geometry, sample.assets, sample.stored)
+    with pytest.raises((error, ValidationError), match=message):
+        run(damaged, "int4", windows_of(sample, "calibration.jsonl", SEQUENCE))
