@@ -15,7 +15,7 @@ EXTRAS := test,llama-cpp,mlx,genai
 
 demo: .venv/.runtime
 	$(BIN)/lfmq inspect sample
-	$(BIN)/lfmq convert sample --output build/demo --force
+	$(BIN)/lfmq convert sample --output build/demo --sequence 256 --force
 	$(BIN)/lfmq validate sample $(DEMO).gguf $(DEMO)-mlx $(DEMO)-onnx --sequence 256
 
 # One thread a worker: two pools of spinning threads on two cores take six times as long.
@@ -34,6 +34,7 @@ docs: .venv/.runtime
 
 bench: .venv/.complete
 	$(BIN)/python benchmarks/sample_quality.py
+	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/full_size.py
 
 venv: .venv/.complete

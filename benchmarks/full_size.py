@@ -63,6 +63,8 @@ def parse_options() -> argparse.Namespace:
         type=lambda text: text.split(","),
         help="formats of one run, separated by commas; may be repeated. Default: all in one run",
     )
+    parser.add_argument("--calibrated", action="store_true", help="with the sample's text")
+    parser.add_argument("--tokens", type=int, default=32768, help="of the calibration text")
     options = parser.parse_args()
     options.formats = options.formats or [list(FORMATS)]
     return options
@@ -84,7 +86,8 @@ def convert(
     """Run ``lfmq convert`` and watch its memory."""
     command = [sys.executable, "-m", "lfmq.cli", "convert", str(checkpoint)]
     command += ["--output", str(output), "--recipe", options.recipe, "--force"]
-    command += ["--threads", str(options.threads), "--quiet", "--json", "--uncalibrated"]
+    command += ["--threads", str(options.threads), "--quiet", "--json"]
+    command += ["--tokens", str(options.tokens)] if options.calibrated else ["--uncalibrated"]
     command += [word for name in formats for word in ("--to", name)]
     started, peak = time.monotonic(), 0
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -67,17 +68,16 @@ def validate(
     paths = tuple(builds)
     opened = [_open(path, checkpoint.geometry) for path in paths]
     advance = _count_runs(progress, 2 + len(opened))
-    reference = Model(checkpoint.geometry, checkpoint.read, device=device)
-    trace = run_model(reference, windows.ids, progress=advance)
-    predictor = Predictor(trace.hidden, reference.weight(_EMBEDDING))
+    model = Model(checkpoint.geometry, checkpoint.read, device=device)
+    reference = run_reference(model, windows, progress=advance)
     half = Model(checkpoint.geometry, checkpoint.read, torch.bfloat16, device)
-    scores, routing = _compare(half, trace, predictor, windows, advance)
+    scores, routing = compare(reference, half, progress=advance)
     floor = summarize_scores(scores)
     noise = NoiseFloor(floor.kld.mean, floor.top1_agreement, routing.exact_set)
     reports = []
     for path, reader in zip(paths, opened, strict=True):
         model = Model(reader.geometry, reader.read, device=device)
-        found = _compare(model, trace, predictor, windows, advance)
+        found = compare(reference, model, progress=advance)
         reports.append(_report(path, reader.geometry, windows, *found))
     return Report(
         checkpoint=checkpoint.assets.name,
@@ -90,6 +90,48 @@ def validate(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A model's run that others are compared with: hidden states, head and routing."""
+
+    windows: Windows
+    trace: Trace
+    predictor: Predictor
+
+
+def run_reference(
+    model: Model, windows: Windows, *, progress: Progress | None = None
+) -> Reference:
+    """Run the model that others are to be compared with."""
+    trace = run_model(model, windows.ids, progress=progress)
+    return Reference(windows, trace, Predictor(trace.hidden, model.weight(_EMBEDDING)))
+
+
+def compare(
+    reference: Reference, model: Model, *, progress: Progress | None = None
+) -> tuple[PositionScores, RoutingAgreement]:
+    """Run a model on the reference's tokens and compare predictions and routing."""
+    ids = reference.windows.ids
+    trace = run_model(model, ids, progress=progress)
+    own = Predictor(trace.hidden, model.weight(_EMBEDDING))
+    scores = score_positions(reference.predictor, own, ids)
+    part = scored_positions(ids.shape[1])
+
+    def scored(selected: torch.Tensor) -> torch.Tensor:
+        return selected.view(*ids.shape, -1)[:, part].flatten(0, 1)
+
+    layers = tuple(
+        compare_routing(
+            layer,
+            scored(decided.selected),
+            scored(trace.routing[layer].selected),
+            model.geometry.num_experts,
+        )
+        for layer, decided in reference.trace.routing.items()
+    )
+    return scores, RoutingAgreement(layers)
+
+
 def _open(path: Path, expected: Geometry) -> Reader:
     reader = FORMATS[detect_format(path)].open_reader(path)
     for key in _COMPARABLE:
@@ -100,33 +142,6 @@ def _open(path: Path, expected: Geometry) -> Reader:
                 "another model"
             )
     return reader
-
-
-def _compare(
-    model: Model,
-    reference: Trace,
-    predictor: Predictor,
-    windows: Windows,
-    progress: Progress | None,
-) -> tuple[PositionScores, RoutingAgreement]:
-    trace = run_model(model, windows.ids, progress=progress)
-    own = Predictor(trace.hidden, model.weight(_EMBEDDING))
-    scores = score_positions(predictor, own, windows.ids)
-    part = scored_positions(windows.ids.shape[1])
-
-    def scored(selected: torch.Tensor) -> torch.Tensor:
-        return selected.view(*windows.ids.shape, -1)[:, part].flatten(0, 1)
-
-    layers = tuple(
-        compare_routing(
-            layer,
-            scored(decided.selected),
-            scored(trace.routing[layer].selected),
-            model.geometry.num_experts,
-        )
-        for layer, decided in reference.routing.items()
-    )
-    return scores, RoutingAgreement(layers)
 
 
 def _report(
