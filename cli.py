@@ -5,8 +5,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -14,16 +13,9 @@ from typing import Any
 import click
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
-from lfmq.converter.calibrated import Calibration
+from lfmq.converter.calibration import Calibration
 from lfmq.converter.checkpoint import Checkpoint, open_checkpoint
 from lfmq.converter.convert import convert as convert_checkpoint
 from lfmq.converter.convert import plan_builds, plan_layouts
@@ -36,6 +28,7 @@ from lfmq.converter.text import Windows, load_windows
 from lfmq.formats.build import Format
 from lfmq.formats.registry import FORMATS
 from lfmq.quant.errors import LfmqError, ValidationError
+from lfmq.validation.progress import show_progress
 from lfmq.validation.report import Thresholds
 from lfmq.validation.tables import (
     builds_table,
@@ -180,38 +173,6 @@ def _print_json(document: Any) -> None:
     click.echo(json.dumps(document, ensure_ascii=False))
 
 
-@contextmanager
-def _progress(label: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal; elsewhere a line for each tenth."""
-    console = Console(stderr=True)
-    if quiet:
-        yield lambda step, total: None
-    elif console.is_terminal:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=console) as bar:
-            task = bar.add_task(label, total=None)
-            yield lambda step, total: bar.update(task, advance=step, total=total)
-    else:
-        yield _line_printer(label)
-
-
-def _line_printer(label: str) -> Callable[[int, int], None]:
-    done = 0
-
-    def advance(step: int, total: int) -> None:
-        nonlocal done
-        before, done = 10 * done // total, done + step
-        if 10 * done // total > before:
-            click.echo(f"{label}: {100 * done // total} %", err=True)
-
-    return advance
-
-
 @main.command(epilog=_example("lfmq inspect sample"))
 @checkpoint_argument
 @common_options
@@ -304,7 +265,7 @@ def convert(
     if not uncalibrated:
         windows = _load_text(opened, texts, "calibration.jsonl", tokens, sequence)
         calibration = Calibration(windows)
-    with _progress("quantizing", quiet=quiet) as progress:
+    with show_progress("quantizing", quiet=quiet) as progress:
         builds = convert_checkpoint(
             opened,
             loaded,
@@ -386,7 +347,7 @@ def validate(
     opened = _open(checkpoint, quiet=quiet)
     _set_up_torch(threads, device)
     windows = _load_text(opened, texts, "evaluation.jsonl", tokens, sequence)
-    with _progress("validating", quiet=quiet) as progress:
+    with show_progress("validating", quiet=quiet) as progress:
         report = validate_builds(
             opened,
             builds,

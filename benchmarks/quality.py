@@ -20,13 +20,14 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from rich.console import Console
 from rich.table import Table
 
-from lfmq.converter.calibrated import Calibration, calibrated_units
+from lfmq.converter.calibrated import calibrated_units
+from lfmq.converter.calibration import Calibration, Settings
 from lfmq.converter.checkpoint import Checkpoint, open_checkpoint
 from lfmq.converter.forward import Model, run_model
 from lfmq.converter.locate import sample_file
 from lfmq.converter.nearest import nearest_units
 from lfmq.converter.plan import resolve_plan
-from lfmq.converter.recipe import load_recipe
+from lfmq.converter.recipe import Recipe, load_recipe
 from lfmq.converter.tensors import Tensor, expected_tensors
 from lfmq.converter.text import Windows, load_windows
 from lfmq.quant.types import (
@@ -141,14 +142,17 @@ def builds(
     yield "mlx affine, experts 4 bits g64, rest 8", lambda: mlx_affine(sample, 64)
 
 
-def ours(sample: Checkpoint, recipe: Any, windows: Windows | None) -> tuple[float, Weights]:
+def ours(
+    sample: Checkpoint, recipe: Recipe, windows: Windows | None, settings: Settings | None = None
+) -> tuple[float, Weights]:
     """Weights of a recipe, rounded to nearest or calibrated."""
     plan = resolve_plan(sample.geometry, recipe)
     found: dict[str, Weight] = {}
     if windows is None:
         units = nearest_units(sample, plan, found.update, threads=2)
     else:
-        units = calibrated_units(sample, plan, Calibration(windows), found.update, threads=2)
+        calibration = Calibration(windows, settings or Settings())
+        units = calibrated_units(sample, plan, calibration, found.update, threads=2)
     for _ in units:
         pass
     values = {n: dequantize(w) if isinstance(w, Quantized) else w for n, w in found.items()}

@@ -20,88 +20,25 @@ runs single-threaded in each, and sums are taken in order.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from lfmq.converter.calibration import Calibration, RouterStep
 from lfmq.converter.checkpoint import Checkpoint
-from lfmq.converter.forward import Model, Routing, embed, mix_tokens, normed, route
+from lfmq.converter.experts import FinishedExpert, LayerInputs, gated, quantize_expert
+from lfmq.converter.forward import Model, embed, mix_tokens, normed, route
 from lfmq.converter.nearest import Write, not_finite, quantize_entry
-from lfmq.converter.text import Windows
-from lfmq.quant import gptq, rtn
+from lfmq.quant import gptq
+from lfmq.quant.ridge import step_toward
 from lfmq.quant.types import Entry, Plan, Quantized, Scheme, Weight, dequantize
 
-# Tokens an expert needs for its moments alone to be trusted, in units of its inputs.
-QUOTA = 2
-# Ridge of the step toward the reference, in units of the mean second moment. The larger one for
-# weights whose step also takes up what the residual stream lacks.
-RIDGE = 0.1
-RESIDUAL_RIDGE = 1.0
-EXPERT_RIDGE = 1.0
 # Every eighth window is held out when a refitted router is judged.
 _HOLD_OUT = 8
 # Tokens of a batch; batches are the unit of parallel work outside the experts.
 _BATCH_TOKENS = 4096
-# Every eighth token stands for the layer when moments are pooled through an expert.
-_POOL_STRIDE = 8
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertCoverage:
-    """What calibration saw of an expert and what came of it.
-
-    Attributes:
-        layer: of the model.
-        expert: in the layer.
-        tokens: routed to it.
-        quota: tokens it needs to be judged by its own alone.
-        rule: ``own``, ``shrunk`` (toward the layer) or ``pooled`` (no token).
-        error_nearest: relative output error of its gate, up and down rounded to nearest.
-        error: the same as quantized.
-    """
-
-    layer: int
-    expert: int
-    tokens: int
-    quota: int
-    rule: str
-    error_nearest: float
-    error: float
-
-
-@dataclass(frozen=True, slots=True)
-class RouterStep:
-    """Held-out agreement with the reference's expert sets before and after a router's refit."""
-
-    layer: int
-    before: float
-    after: float
-
-    @property
-    def kept(self) -> bool:
-        """Whether the refit was kept."""
-        return self.after > self.before
-
-
-@dataclass(frozen=True, slots=True)
-class Calibration:
-    """The tokens to calibrate with, and what was found, filled in while the layers run."""
-
-    windows: Windows
-    experts: list[ExpertCoverage] = field(default_factory=list)
-    routers: list[RouterStep] = field(default_factory=list)
-
-    def to_json(self) -> dict[str, Any]:
-        """For ``lfmq convert --json``."""
-        return {
-            "text_sha256": self.windows.text_sha256,
-            "experts": [asdict(e) for e in self.experts],
-            "routers": [asdict(r) | {"kept": r.kept} for r in self.routers],
-        }
 
 
 def calibrated_units(
@@ -148,6 +85,7 @@ class _Run:
         self._entries = {e.name: e for e in plan.entries}
         self._units = {unit[0].name: unit for unit in plan.units()}
         self._calibration = calibration
+        self._settings = calibration.settings
         self._write = write
         self._pool = pool
         self._done: dict[str, NDArray[np.float32]] = {}
@@ -196,7 +134,9 @@ class _Run:
         if not isinstance(entry.storage, Scheme):
             return quantize_entry(self._checkpoint, entry)
         try:
-            return gptq.quantize(np.ascontiguousarray(w), moments, entry.storage)
+            return gptq.quantize(
+                np.ascontiguousarray(w), moments, entry.storage, sweeps=self._settings.sweeps
+            )
         except ValueError as error:
             raise not_finite(self._checkpoint, entry, "float16") from error
 
@@ -217,7 +157,9 @@ class _Run:
                 None,
             )
         )
-        yield from self._shared([f"{prefix}{n}.weight" for n in first], batches, RIDGE)
+        yield from self._shared(
+            [f"{prefix}{n}.weight" for n in first], batches, self._settings.ridge
+        )
         out = f"{prefix}{last}.weight"
         batches = self._batches(
             lambda part: (
@@ -226,7 +168,7 @@ class _Run:
                 (self._wanted[part] - self._states[part]).flatten(0, 1),
             )
         )
-        yield from self._shared([out], batches, RESIDUAL_RIDGE)
+        yield from self._shared([out], batches, self._settings.residual_ridge)
         self._states = self._map(lambda p: mix_tokens(self._model, layer, self._states[p]))
         self._wanted = self._map(lambda p: mix_tokens(self._reference, layer, self._wanted[p]))
 
@@ -239,7 +181,7 @@ class _Run:
     # ---- weights every token reads
 
     def _shared(
-        self, names: list[str], batches: "Iterable[_Batch]", ridge: float
+        self, names: list[str], batches: "Iterable[_Batch]", ridge: float | None
     ) -> Iterator[tuple[Entry, ...]]:
         """Weights that share their inputs: moments and steps from all batches, then rounding."""
         weights = {n: torch.from_numpy(np.array(self._checkpoint.read(n))) for n in names}
@@ -256,7 +198,9 @@ class _Run:
         ready = gptq.factorize(moments)
 
         def finish(name: str) -> tuple[str, Weight]:
-            w = step_toward(weights[name], moments, missing[name], ridge)
+            w = weights[name].numpy()
+            if ridge is not None:
+                w = step_toward(weights[name], moments, missing[name], ridge)
             return name, self._quantize(name, w, ready)
 
         for name, weight in self._pool.map(finish, names):
@@ -272,24 +216,24 @@ class _Run:
             return x, normed(self._reference, norm, self._wanted[part])
 
         yield from self._shared(
-            [gate, up], self._batches(lambda part: (*inputs(part), None)), RIDGE
+            [gate, up], self._batches(lambda part: (*inputs(part), None)), self._settings.ridge
         )
         own, reference = self._pair(self._model, gate, up), self._pair(self._reference, gate, up)
 
         def inner(part: slice) -> "_Batch":
             x, wanted = inputs(part)
             lacking = (self._wanted[part] - self._states[part]).flatten(0, 1)
-            return _gated(x, *own), _gated(wanted, *reference), lacking
+            return gated(x, *own), gated(wanted, *reference), lacking
 
-        yield from self._shared([down], self._batches(inner), RESIDUAL_RIDGE)
+        yield from self._shared([down], self._batches(inner), self._settings.residual_ridge)
         w2, w2_reference = self._model.weight(down), self._reference.weight(down)
 
         def add(part: slice) -> torch.Tensor:
-            y = F.linear(_gated(inputs(part)[0], *own), w2)
+            y = F.linear(gated(inputs(part)[0], *own), w2)
             return self._states[part] + y.view_as(self._states[part])
 
         def add_reference(part: slice) -> torch.Tensor:
-            y = F.linear(_gated(inputs(part)[1], *reference), w2_reference)
+            y = F.linear(gated(inputs(part)[1], *reference), w2_reference)
             return self._wanted[part] + y.view_as(self._wanted[part])
 
         states, wanted = self._map(add), self._map(add_reference)
@@ -309,12 +253,15 @@ class _Run:
         if self._model.geometry.use_expert_bias:
             yield from self._plain(f"{prefix}feed_forward.expert_bias")
         yield self._finish({f"{prefix}feed_forward.gate.weight": self._router(layer, x, wanted)})
-        layer_inputs = _LayerInputs(
-            layer, x, wanted, route(self._model, layer, x), target, x.T @ x / len(x)
-        )
+        routing = route(self._model, layer, x)
+        inputs = LayerInputs(layer, x, wanted, routing, target, x.T @ x / len(x), self._settings)
         y, y_wanted = torch.zeros_like(x), torch.zeros_like(x)
         experts = range(self._model.geometry.num_experts)
-        for found in self._pool.map(lambda e: self._expert(layer_inputs, e), experts):
+
+        def quantize(expert: int) -> FinishedExpert:
+            return quantize_expert(inputs, expert, self._checkpoint.read, self._quantize)
+
+        for found in self._pool.map(quantize, experts):
             y.index_add_(0, found.token, found.y)
             y_wanted.index_add_(0, found.token_wanted, found.y_wanted)
             self._calibration.experts.append(found.coverage)
@@ -327,14 +274,15 @@ class _Run:
         name = f"model.layers.{layer}.feed_forward.gate.weight"
         original = quantize_entry(self._checkpoint, self._entries[name])
         assert not isinstance(original, Quantized)
+        ridge = self._settings.ridge
+        if not self._settings.refit_router or ridge is None or self._windows[0] < _HOLD_OUT:
+            return original
         held = torch.arange(self._windows[0]) % _HOLD_OUT == _HOLD_OUT - 1
         held = held.repeat_interleave(self._windows[1])
         w = torch.from_numpy(np.array(original))
         fit = ~held
         gap = F.linear(wanted[fit] - x[fit], w)
-        refitted = step_toward(w, x[fit].T @ x[fit], gap.T @ x[fit], RIDGE)
-        if not held.any():
-            return original
+        refitted = step_toward(w, x[fit].T @ x[fit], gap.T @ x[fit], ridge)
 
         def agreement(gate: NDArray[np.float32]) -> float:
             model = Model(self._model.geometry, lambda n: gate if n == name else self._read(n))
@@ -346,152 +294,8 @@ class _Run:
         self._calibration.routers.append(step)
         return refitted if step.kept else original
 
-    def _expert(self, inputs: "_LayerInputs", expert: int) -> "_Expert":
-        prefix = f"model.layers.{inputs.layer}.feed_forward.experts.{expert}."
-        names = [f"{prefix}{part}.weight" for part in ("w1", "w3", "w2")]
-        w1, w3, w2 = (torch.from_numpy(np.array(self._checkpoint.read(n))) for n in names)
-        token, affinity = _routed_to(inputs.routing, expert)
-        token_wanted, affinity_wanted = _routed_to(inputs.target, expert)
-        x, quota = inputs.x[token], QUOTA * inputs.x.shape[1]
-        mean_affinity = float(inputs.routing.affinity.mean())
-        judge = _Judge(self._quantize)
-
-        def moments(own: torch.Tensor, pooled: Callable[[], torch.Tensor]) -> torch.Tensor:
-            lack = max(0.0, 1 - len(token) / quota)
-            found = own.T @ (own * affinity[:, None])
-            return found + (lack * quota * mean_affinity) * pooled() if lack else found
-
-        def quantize(
-            which: tuple[int, ...], w: list[torch.Tensor], seen: torch.Tensor, ideal: torch.Tensor,
-            pooled: Callable[[], torch.Tensor],
-        ) -> list[torch.Tensor]:  # fmt: skip
-            h = moments(seen, pooled)
-            ready = gptq.factorize(h)
-            out = []
-            for i, original in zip(which, w, strict=True):
-                gap = F.linear(ideal - seen, original) * affinity[:, None]
-                stepped = step_toward(original, h, gap.T @ seen, EXPERT_RIDGE)
-                out.append(judge(names[i], original, stepped, h, ready))
-            return out
-
-        q1, q3 = quantize((0, 1), [w1, w3], x, inputs.wanted[token], lambda: inputs.pooled)
-        inner = _gated(x, q1, q3)
-
-        def pooled_inner() -> torch.Tensor:
-            sample = _gated(inputs.x[::_POOL_STRIDE], q1, q3)
-            return sample.T @ sample / len(sample)
-
-        (q2,) = quantize((2,), [w2], inner, _gated(inputs.wanted[token], w1, w3), pooled_inner)
-        ideal = F.linear(_gated(inputs.wanted[token_wanted], w1, w3), w2)
-        tokens = len(token)
-        rule = "own" if tokens >= quota else "shrunk" if tokens else "pooled"
-        coverage = ExpertCoverage(inputs.layer, expert, tokens, quota, rule, *judge.errors())
-        return _Expert(
-            judge.weights,
-            token,
-            F.linear(inner, q2) * affinity[:, None],
-            token_wanted,
-            ideal * affinity_wanted[:, None],
-            coverage,
-        )
-
 
 _Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
-
-
-@dataclass(frozen=True, slots=True)
-class _LayerInputs:
-    """What a layer's experts share: inputs [T, K] of both streams, routing, pooled moments."""
-
-    layer: int
-    x: torch.Tensor
-    wanted: torch.Tensor
-    routing: Routing
-    target: Routing
-    pooled: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class _Expert:
-    """A quantized expert and its share of the layer's output in both streams."""
-
-    weights: dict[str, Weight]
-    token: torch.Tensor
-    y: torch.Tensor
-    token_wanted: torch.Tensor
-    y_wanted: torch.Tensor
-    coverage: ExpertCoverage
-
-
-class _Judge:
-    """Quantizes an expert's weights and sums their relative errors, ours and the nearest's."""
-
-    def __init__(self, quantize: Callable[..., Weight]) -> None:
-        self._quantize = quantize
-        self._nearest: list[float] = []
-        self._ours: list[float] = []
-        self.weights: dict[str, Weight] = {}
-
-    def __call__(
-        self,
-        name: str,
-        original: torch.Tensor,
-        stepped: NDArray[np.float32],
-        h: torch.Tensor,
-        ready: gptq.Moments,
-    ) -> torch.Tensor:
-        weight = self._quantize(name, stepped, ready)
-        self.weights[name] = weight
-        if not isinstance(weight, Quantized):
-            return torch.from_numpy(weight)
-        values = torch.from_numpy(dequantize(weight))
-        plain = torch.from_numpy(dequantize(rtn.quantize(original.numpy(), weight.scheme)))
-        total = _loss(original, h)
-        if total > 0:
-            self._ours.append(_loss(values - original, h) / total)
-            self._nearest.append(_loss(plain - original, h) / total)
-        return values
-
-    def errors(self) -> tuple[float, float]:
-        """Mean over the expert's weights: rounded to nearest, and as quantized."""
-        if not self._ours:
-            return 0.0, 0.0
-        return float(np.mean(self._nearest)), float(np.mean(self._ours))
-
-
-def step_toward(
-    w: torch.Tensor, moments: torch.Tensor, missing: torch.Tensor, ridge: float
-) -> NDArray[np.float32]:
-    """W plus the ridge regression of what its outputs lack on its inputs.
-
-    Args:
-        w: [N, K].
-        moments: of its inputs, [K, K].
-        missing: sum over tokens of lacking output times input, [N, K].
-        ridge: in units of the mean diagonal of ``moments``.
-    """
-    h = moments.double()
-    mean = torch.diagonal(h).mean()
-    if not mean > 0:
-        return np.array(w.numpy())
-    h = h + ridge * mean * torch.eye(len(h), dtype=h.dtype)
-    factor = torch.linalg.cholesky(h)
-    step = torch.cholesky_solve(missing.double().T, factor).T
-    stepped: NDArray[np.float32] = (w.double() + step).float().contiguous().numpy()
-    return stepped
-
-
-def _loss(difference: torch.Tensor, h: torch.Tensor) -> float:
-    return float(((difference @ h) * difference).sum())
-
-
-def _gated(x: torch.Tensor, w1: torch.Tensor, w3: torch.Tensor) -> torch.Tensor:
-    return F.silu(F.linear(x, w1)).mul_(F.linear(x, w3))
-
-
-def _routed_to(routing: Routing, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-    token, place = torch.where(routing.selected == expert)
-    return token, routing.affinity[token, place]
 
 
 def _input_of(model: Model, layer: int, states: torch.Tensor, name: str) -> torch.Tensor:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lfmq.converter.calibrated import Calibration, calibrated_units
+from lfmq.converter.calibrated import calibrated_units
+from lfmq.converter.calibration import Calibration
 from lfmq.converter.checkpoint import Checkpoint
 from lfmq.converter.manifest import write_manifest
 from lfmq.converter.nearest import nearest_units

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from lfmq.converter.calibrated import Calibration
+from lfmq.converter.calibration import Calibration
 from lfmq.converter.convert import Build, PlannedBuild
 from lfmq.converter.inspect import Inspection
 from lfmq.converter.plan import summarize

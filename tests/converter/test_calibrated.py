@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from lfmq.converter.calibrated import Calibration, calibrated_units, step_toward
+from lfmq.converter.calibrated import calibrated_units
+from lfmq.converter.calibration import Calibration
 from lfmq.converter.checkpoint import Checkpoint, open_checkpoint
 from lfmq.converter.forward import Model, run_model
 from lfmq.converter.nearest import nearest_units
@@ -14,6 +15,7 @@ from lfmq.converter.plan import resolve_plan
 from lfmq.converter.recipe import load_recipe
 from lfmq.converter.text import load_windows
 from lfmq.quant.errors import CheckpointError, ValidationError
+from lfmq.quant.ridge import step_toward
 from lfmq.quant.types import Quantized, dequantize
 from lfmq.validation.metrics import Predictor, compare_routing, score_positions
 

@@ -1,0 +1,168 @@
+"""One expert quantized from the tokens routed to it.
+
+T tokens of the layer, n of them routed to the expert, H hidden size, I inner size.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from lfmq.converter.calibration import QUOTA, ExpertCoverage, Settings
+from lfmq.converter.forward import ReadWeight, Routing
+from lfmq.quant import gptq, rtn
+from lfmq.quant.ridge import step_toward
+from lfmq.quant.types import Quantized, Weight, dequantize
+
+QuantizeWeight = Callable[[str, NDArray[np.float32], gptq.Moments], Weight]
+
+# Every eighth token stands for the layer when moments are pooled through an expert.
+_POOL_STRIDE = 8
+
+
+@dataclass(frozen=True, slots=True)
+class LayerInputs:
+    """What a layer's experts share.
+
+    Attributes:
+        layer: of the model.
+        x: [T, H], normed hidden states of the quantized stream.
+        wanted: [T, H], those of the reference.
+        routing: of the quantized stream.
+        target: of the reference.
+        pooled: [H, H], mean second moments of a token of ``x``.
+        settings: what calibration does.
+    """
+
+    layer: int
+    x: torch.Tensor
+    wanted: torch.Tensor
+    routing: Routing
+    target: Routing
+    pooled: torch.Tensor
+    settings: Settings
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedExpert:
+    """A quantized expert and its share of the layer's output in both streams.
+
+    Attributes:
+        weights: by checkpoint name.
+        token: [n], the tokens of the quantized stream routed to it.
+        y: [n, H], what it adds to them.
+        token_wanted: the same in the reference's stream.
+        y_wanted: what the reference's expert adds to those.
+        coverage: for the report.
+    """
+
+    weights: dict[str, Weight]
+    token: torch.Tensor
+    y: torch.Tensor
+    token_wanted: torch.Tensor
+    y_wanted: torch.Tensor
+    coverage: ExpertCoverage
+
+
+def quantize_expert(
+    inputs: LayerInputs, expert: int, read: ReadWeight, quantize: QuantizeWeight
+) -> FinishedExpert:
+    """Quantize gate and up for the expert's tokens, then down for what these make of them."""
+    prefix = f"model.layers.{inputs.layer}.feed_forward.experts.{expert}."
+    gate, up, down = (f"{prefix}{part}.weight" for part in ("w1", "w3", "w2"))
+    w1, w3, w2 = (torch.from_numpy(np.array(read(name))) for name in (gate, up, down))
+    token, affinity = _routed_to(inputs.routing, expert)
+    token_wanted, affinity_wanted = _routed_to(inputs.target, expert)
+    fit = _Fit(inputs, affinity, quantize)
+    seen, ideal = inputs.x[token], inputs.wanted[token]
+    fit.prepare(seen, ideal, lambda: inputs.pooled)
+    q1, q3 = fit.quantize(gate, w1), fit.quantize(up, w3)
+    inner = gated(seen, q1, q3)
+
+    def pooled() -> torch.Tensor:
+        sample = gated(inputs.x[::_POOL_STRIDE], q1, q3)
+        return sample.T @ sample / len(sample)
+
+    fit.prepare(inner, gated(ideal, w1, w3), pooled)
+    y = F.linear(inner, fit.quantize(down, w2)) * affinity[:, None]
+    y_wanted = F.linear(gated(inputs.wanted[token_wanted], w1, w3), w2)
+    return FinishedExpert(
+        fit.weights,
+        token,
+        y,
+        token_wanted,
+        y_wanted * affinity_wanted[:, None],
+        fit.coverage(inputs.layer, expert),
+    )
+
+
+def gated(x: torch.Tensor, w1: torch.Tensor, w3: torch.Tensor) -> torch.Tensor:
+    """silu(w1 x) * w3 x, the inner activations of a feed-forward block."""
+    return F.silu(F.linear(x, w1)).mul_(F.linear(x, w3))
+
+
+def _routed_to(routing: Routing, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+    token, place = torch.where(routing.selected == expert)
+    return token, routing.affinity[token, place]
+
+
+class _Fit:
+    """Quantizes an expert's weights one input after another and sums up how well it went."""
+
+    def __init__(
+        self, inputs: LayerInputs, affinity: torch.Tensor, quantize: QuantizeWeight
+    ) -> None:
+        self._ridge = inputs.settings.expert_ridge
+        self._tokens = len(affinity)
+        self._quota = QUOTA * inputs.x.shape[1]
+        self._quantize = quantize
+        self._affinity = torch.ones_like(affinity)
+        self._mean = 1.0
+        if inputs.settings.affinity:
+            self._affinity, self._mean = affinity, float(inputs.routing.affinity.mean())
+        self._nearest: list[float] = []
+        self._ours: list[float] = []
+        self.weights: dict[str, Weight] = {}
+
+    def prepare(
+        self, seen: torch.Tensor, ideal: torch.Tensor, pooled: Callable[[], torch.Tensor]
+    ) -> None:
+        """Moments of the inputs [n, K] to come; ``pooled`` gives the layer's [K, K]."""
+        self._seen, self._lack = seen, ideal - seen
+        self._h = seen.T @ (seen * self._affinity[:, None])
+        missing = max(0.0, 1 - self._tokens / self._quota)
+        if missing:
+            self._h += (missing * self._quota * self._mean) * pooled()
+        self._moments = gptq.factorize(self._h)
+
+    def quantize(self, name: str, w: torch.Tensor) -> torch.Tensor:
+        """The quantized weight's values [N, K]."""
+        stepped = w.numpy()
+        if self._ridge is not None:
+            gap = F.linear(self._lack, w) * self._affinity[:, None]
+            stepped = step_toward(w, self._h, gap.T @ self._seen, self._ridge)
+        weight = self._quantize(name, stepped, self._moments)
+        self.weights[name] = weight
+        if not isinstance(weight, Quantized):
+            return torch.from_numpy(weight)
+        values = torch.from_numpy(dequantize(weight))
+        nearest = torch.from_numpy(dequantize(rtn.quantize(w.numpy(), weight.scheme)))
+        total = _loss(w, self._h)
+        if total > 0:
+            self._ours.append(_loss(values - w, self._h) / total)
+            self._nearest.append(_loss(nearest - w, self._h) / total)
+        return values
+
+    def coverage(self, layer: int, expert: int) -> ExpertCoverage:
+        """Tokens, rule, and mean relative errors of the three weights."""
+        enough = self._tokens >= self._quota
+        rule = "own" if enough else "shrunk" if self._tokens else "pooled"
+        errors = (float(np.mean(e)) if e else 0.0 for e in (self._nearest, self._ours))
+        return ExpertCoverage(layer, expert, self._tokens, self._quota, rule, *errors)
+
+
+def _loss(difference: torch.Tensor, h: torch.Tensor) -> float:
+    return float(((difference @ h) * difference).sum())
