@@ -26,7 +26,8 @@ def sample_file(name: str = "lfm2moe-tiny") -> Path:
     if not path.exists():
         raise CheckpointError(
             f"{path}: the sample is not part of an installed wheel; clone the lfmq repository "
-            "and install it with 'pip install -e .', or name a checkpoint folder"
+            "and install it with 'pip install -e .', or name a checkpoint folder and --text of "
+            "your own (convert also runs --uncalibrated)"
         )
     return path
 

@@ -9,7 +9,7 @@ inverse of H (Frantar et al. 2022, GPTQ, algorithm 1). Deviations:
   weighted by what its error still costs after later columns have adjusted, ``1 / U[c, c]^2``.
 - Sweeps of coordinate descent follow (Behdin et al. 2023, QuantEase): with all other codes fixed,
   the scale of a group and then each of its codes take the value of least loss.
-- Columns keep their order: a search over orders gained less than 1 % on the sample.
+- Columns keep their order, so that groups stay whole in every container.
 
 float32 with float64 factorization. Sums over K go through BLAS: equal on one machine whatever the
 number of workers, not from one kind of processor to another.
@@ -35,7 +35,7 @@ from lfmq.quant.types import Quantized, Scheme
 
 # Share of the mean diagonal added to it: Frantar et al. 2022, section 3.3.
 DAMPING = 0.01
-# Three reach all but 1 % of what ten gain (docs/quantization.md).
+# What they are worth: docs/quantization.md.
 SWEEPS = 3
 
 F32 = NDArray[np.float32]

@@ -14,8 +14,7 @@ _LARGEST = np.float32(65504)  # largest float16
 _TINY = np.float32(2.0**-14)  # smallest normal float16
 _SUBNORMAL = np.float32(0.75)  # adding and subtracting it rounds to a multiple of 2^-24
 
-# Levels tried for the largest weight of a group. Ten steps of 1/3 from 6 to 9 come within 0.2 %
-# of the squared error of an exhaustive search for groups of 32 and 64 (docs/quantization.md).
+# Levels tried for the largest weight of a group; docs/quantization.md describes the search.
 TARGETS = {
     4: np.arange(18, 28, dtype=np.float32) / np.float32(3),
     8: np.array([126.0, 126.5, 127.0, 127.4], np.float32),
