@@ -182,3 +182,30 @@ def dequantize(q: Quantized) -> NDArray[np.float32]:
     centred = groups.astype(np.float32) - np.float32(q.scheme.zero_point)
     values: NDArray[Any] = centred * q.scale.astype(np.float32)[..., None]
     return values.reshape(q.codes.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class InputMoments:
+    """What calibration saw of the inputs of one weight.
+
+    Attributes:
+        tokens: that reached the weight.
+        mass: sum of what they counted with: their affinity for an expert, else 1.
+        sums: float64 [K], sums of their squared inputs, each times what the token counted with.
+    """
+
+    tokens: int
+    mass: float
+    sums: NDArray[np.float64]
+
+    @property
+    def mean(self) -> NDArray[np.float64]:
+        """Mean squared input of each column, [K]; zeros without a token."""
+        means: NDArray[np.float64] = self.sums / self.mass if self.mass else self.sums * 0
+        return means
+
+    def __add__(self, other: "InputMoments") -> "InputMoments":
+        """Those of both sets of tokens."""
+        return InputMoments(
+            self.tokens + other.tokens, self.mass + other.mass, self.sums + other.sums
+        )
