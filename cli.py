@@ -1,12 +1,10 @@
 """The command line: each command parses, calls one library function and prints."""
 
 import json
-import os
 import resource
 import sys
 import time
-from collections.abc import Callable
-from functools import reduce
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +13,23 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from lfmq.converter.budget import save_recipe, settle_widths
+from lfmq.converter.calibrate import calibrate as gather_statistics
 from lfmq.converter.calibration import Calibration
-from lfmq.converter.checkpoint import Checkpoint, open_checkpoint
 from lfmq.converter.convert import convert as convert_checkpoint
 from lfmq.converter.convert import plan_builds, plan_layouts
 from lfmq.converter.inspect import inspect_checkpoint
-from lfmq.converter.locate import locate_checkpoint, sample_file
 from lfmq.converter.manifest import verify_build
-from lfmq.converter.plan import resolve_plan
-from lfmq.converter.recipe import DEFAULT_RECIPE, load_recipe
-from lfmq.converter.text import Windows, load_windows
-from lfmq.formats.build import Format
-from lfmq.formats.registry import FORMATS
+from lfmq.converter.recipe import load_recipe
 from lfmq.quant.errors import LfmqError, ValidationError
+from lfmq.validation.options import (
+    Common,
+    Text,
+    Wanted,
+    common_options,
+    plan_options,
+    text_options,
+)
 from lfmq.validation.progress import show_progress
 from lfmq.validation.report import Thresholds
 from lfmq.validation.tables import (
@@ -38,12 +40,11 @@ from lfmq.validation.tables import (
     report_table,
     roles_table,
     tensors_table,
+    widths_table,
 )
 from lfmq.validation.validate import validate as validate_builds
 
 THRESHOLD_MISSED = 3
-
-Command = Callable[..., Any]
 
 
 class Commands(click.Group):
@@ -67,71 +68,7 @@ def _one_line(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def _options(*decorators: Command) -> Command:
-    return lambda command: reduce(lambda f, d: d(f), reversed(decorators), command)
-
-
-def _threads() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-
-
 checkpoint_argument = click.argument("checkpoint")
-common_options = _options(
-    click.option(
-        "--threads",
-        type=click.IntRange(1, 1024),
-        default=_threads,
-        show_default="all cores",
-        help="Threads to use; results do not depend on it.",
-    ),
-    click.option(
-        "--device",
-        type=click.Choice(["cpu", "cuda"]),
-        default="cpu",
-        show_default=True,
-        help="Where matrices are multiplied.",
-    ),
-    click.option("--json", "as_json", is_flag=True, help="Print one JSON object and no tables."),
-    click.option("--quiet", is_flag=True, help="No progress on stderr."),
-)
-plan_options = _options(
-    click.option(
-        "--recipe",
-        default=DEFAULT_RECIPE,
-        show_default=True,
-        help="A built-in recipe (int8, int4, int4-all) or a TOML file.",
-    ),
-    click.option(
-        "--to",
-        "formats",
-        type=click.Choice(sorted(FORMATS)),
-        multiple=True,
-        help="Container to write; may be repeated. Default: all.",
-    ),
-)
-text_options = _options(
-    click.option(
-        "--text",
-        "texts",
-        type=click.Path(path_type=Path),
-        multiple=True,
-        help="Plain text or JSONL; may be repeated.",
-    ),
-    click.option(
-        "--tokens",
-        type=click.IntRange(1),
-        default=32768,
-        show_default=True,
-        help="How many tokens of the text.",
-    ),
-    click.option(
-        "--sequence",
-        type=click.IntRange(4),
-        default=512,
-        show_default=True,
-        help="Length of a window, tokens.",
-    ),
-)
 
 
 def _example(command: str) -> str:
@@ -152,15 +89,6 @@ def main() -> None:
     """
 
 
-def _open(reference: str, *, quiet: bool) -> Checkpoint:
-    location = locate_checkpoint(reference, bars=sys.stderr.isatty() and not quiet)
-    return open_checkpoint(location.folder, location.name)
-
-
-def _chosen(formats: tuple[str, ...]) -> dict[str, Format]:
-    return {name: FORMATS[name] for name in (formats or FORMATS)}
-
-
 def _print_tables(*tables: Table) -> None:
     """To the terminal's width; elsewhere as wide as they are, so that no path is cut."""
     console = Console()
@@ -176,10 +104,10 @@ def _print_json(document: Any) -> None:
 @main.command(epilog=_example("lfmq inspect sample"))
 @checkpoint_argument
 @common_options
-def inspect(checkpoint: str, threads: int, device: str, as_json: bool, quiet: bool) -> None:
+def inspect(checkpoint: str, common: Common) -> None:
     """Show what a checkpoint is: roles, weights, bytes, dtypes, and what is odd."""
-    report = inspect_checkpoint(_open(checkpoint, quiet=quiet))
-    if as_json:
+    report = inspect_checkpoint(common.open(checkpoint))
+    if common.as_json:
         _print_json(report.to_json())
         return
     _print_tables(inspection_table(report))
@@ -191,34 +119,116 @@ def inspect(checkpoint: str, threads: int, device: str, as_json: bool, quiet: bo
 @checkpoint_argument
 @plan_options
 @click.option("--tensors", is_flag=True, help="Also list every tensor.")
+@click.option(
+    "--save", type=click.Path(path_type=Path), help="Write the widths of a budget as a recipe."
+)
 @common_options
 def plan(
-    checkpoint: str,
-    recipe: str,
-    formats: tuple[str, ...],
-    tensors: bool,
-    threads: int,
-    device: str,
-    as_json: bool,
-    quiet: bool,
+    checkpoint: str, wanted: Wanted, tensors: bool, save: Path | None, common: Common
 ) -> None:
-    """Dry run: the scheme of every tensor and the size of every build; reads no weight."""
-    opened = _open(checkpoint, quiet=quiet)
-    resolved = resolve_plan(opened.geometry, load_recipe(recipe))
-    builds = plan_builds(opened, resolved, _chosen(formats))
-    if as_json:
+    """Dry run: the scheme of every tensor and the size of every build; reads no weight.
+
+    With --statistics also the KL divergence they predict, and with --budget the widths they
+    choose.
+    """
+    opened = common.open(checkpoint)
+    widths = settle_widths(
+        opened, load_recipe(wanted.recipe), wanted.chosen, wanted.known(opened), wanted.budget
+    )
+    builds = plan_builds(opened, widths.plan, wanted.chosen)
+    if save is not None:
+        save_recipe(save, widths.recipe)
+    if common.as_json:
         listed = [
-            {"name": e.name, "shape": e.shape, "storage": str(e.storage)} for e in resolved.entries
+            {"name": e.name, "shape": e.shape, "storage": str(e.storage)}
+            for e in widths.plan.entries
         ]
         planned = [build.to_json() for build in builds]
-        _print_json({"recipe": resolved.recipe, "builds": planned, "tensors": listed})
+        _print_json(
+            {
+                "recipe": widths.plan.recipe,
+                "builds": planned,
+                **widths.to_json(),
+                "tensors": listed,
+            }
+        )
         return
-    _print_tables(roles_table(resolved), planned_table(builds))
+    _print_tables(roles_table(widths.plan), planned_table(builds))
+    if widths.groups:
+        _print_tables(widths_table(widths))
+    if widths.kld is not None:
+        click.echo(f"predicted mean KL divergence: {widths.kld:.6f} nats a token")
     for build in builds:
         if build.refused is not None:
             click.echo(f"{build.format}: {build.refused}")
     if tensors:
-        _print_tables(tensors_table(resolved))
+        _print_tables(tensors_table(widths.plan))
+
+
+@main.command(epilog=_example("lfmq calibrate sample --output sample.statistics"))
+@checkpoint_argument
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    help="The statistics file.",
+)
+@text_options
+@click.option(
+    "--merge",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Statistics of the same checkpoint to add; may be repeated.",
+)
+@click.option(
+    "--imatrix",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Also write llama.cpp's importance matrix.",
+)
+@click.option("--force", is_flag=True, help="Replace a file that exists.")
+@common_options
+def calibrate(
+    checkpoint: str,
+    output: Path,
+    text: Text,
+    merge: tuple[Path, ...],
+    imatrix: Path | None,
+    force: bool,
+    common: Common,
+) -> None:
+    """Gather statistics of every weight and every expert from text.
+
+    The file tells convert how much each weight's inputs matter and plan what a budget buys. A run
+    that was killed goes on where it was. Without --text the sample's calibration text is used.
+    """
+    started = time.monotonic()
+    opened = common.open(checkpoint)
+    windows = text.windows(opened, "calibration.jsonl")
+    with show_progress("calibrating", quiet=common.quiet) as progress:
+        found, coverage = gather_statistics(
+            opened,
+            windows,
+            output,
+            merge=merge,
+            imatrix=imatrix,
+            force=force,
+            threads=common.threads,
+            progress=progress,
+        )
+    if common.as_json:
+        _print_json(
+            {
+                "path": str(output),
+                "tokens": found.tokens,
+                "seconds": time.monotonic() - started,
+                "peak_rss_bytes": _peak_rss(),
+                **found.to_json(),
+                "experts": [asdict(expert) for expert in coverage],
+            }
+        )
+        return
+    _print_tables(coverage_table(coverage))
+    click.echo(f"{output}: statistics of {found.tokens:,} tokens")
 
 
 @main.command(epilog=_example("lfmq convert sample --output builds --to gguf --to onnx"))
@@ -237,59 +247,56 @@ def plan(
 def convert(
     checkpoint: str,
     output: Path,
-    recipe: str,
-    formats: tuple[str, ...],
-    texts: tuple[Path, ...],
-    tokens: int,
-    sequence: int,
+    wanted: Wanted,
+    text: Text,
     uncalibrated: bool,
     force: bool,
-    threads: int,
-    device: str,
-    as_json: bool,
-    quiet: bool,
+    common: Common,
 ) -> None:
     """Quantize a checkpoint once and write a build for each format.
 
     Every weight is quantized for the inputs it sees in the calibration text, each expert for
-    those of its own tokens. Without --text the sample's calibration text is used.
+    those of its own tokens. Without --text the sample's calibration text is used; with
+    --statistics alone no text is read, and scales are chosen by the importance they give.
     """
-    if uncalibrated and texts:
-        raise click.UsageError("--text and --uncalibrated exclude each other")
+    if uncalibrated and (text.texts or wanted.statistics):
+        raise click.UsageError("--uncalibrated excludes --text and --statistics")
     started = time.monotonic()
-    opened, loaded = _open(checkpoint, quiet=quiet), load_recipe(recipe)
-    resolved = resolve_plan(opened.geometry, loaded)
-    chosen = _chosen(formats)
-    plan_layouts(opened, resolved, chosen)
-    calibration = None
-    if not uncalibrated:
-        windows = _load_text(opened, texts, "calibration.jsonl", tokens, sequence)
-        calibration = Calibration(windows)
-    with show_progress("quantizing", quiet=quiet) as progress:
+    opened, base = common.open(checkpoint), load_recipe(wanted.recipe)
+    known = wanted.known(opened)
+    windows = None
+    if text.texts or not (uncalibrated or known):
+        windows = text.windows(opened, "calibration.jsonl")
+    widths = settle_widths(opened, base, wanted.chosen, known, wanted.budget, windows=windows)
+    plan_layouts(opened, widths.plan, wanted.chosen)
+    calibration = Calibration(windows) if windows else None
+    with show_progress("quantizing", quiet=common.quiet) as progress:
         builds = convert_checkpoint(
             opened,
-            loaded,
-            resolved,
-            chosen,
+            widths.recipe,
+            widths.plan,
+            wanted.chosen,
             output,
             calibration=calibration,
+            statistics=known,
             force=force,
-            threads=threads,
+            threads=common.threads,
             progress=progress,
         )
-    if as_json:
+    if common.as_json:
         _print_json(
             {
                 "builds": [build.to_json() for build in builds],
                 "seconds": time.monotonic() - started,
-                "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-                "tokens": calibration.windows.tokens if calibration else 0,
+                "peak_rss_bytes": _peak_rss(),
+                "tokens": windows.tokens if windows else 0,
+                **widths.to_json(),
                 **(calibration.to_json() if calibration else {}),
             }
         )
         return
     if calibration is not None:
-        _print_tables(coverage_table(calibration))
+        _print_tables(coverage_table(calibration.experts, calibration.routers))
     _print_tables(builds_table(builds))
 
 
@@ -326,17 +333,12 @@ def validate(
     ctx: click.Context,
     checkpoint: str,
     builds: tuple[Path, ...],
-    texts: tuple[Path, ...],
-    tokens: int,
-    sequence: int,
+    text: Text,
     engine: str,
     max_kld: float | None,
     max_perplexity_ratio: float | None,
     min_routing: float | None,
-    threads: int,
-    device: str,
-    as_json: bool,
-    quiet: bool,
+    common: Common,
 ) -> None:
     """Compare builds with their checkpoint: perplexity, KL divergence, routing.
 
@@ -344,19 +346,19 @@ def validate(
     tokens. Exits with status 3 when a threshold is missed. Without --text the sample's evaluation
     text is used.
     """
-    opened = _open(checkpoint, quiet=quiet)
-    _set_up_torch(threads, device)
-    windows = _load_text(opened, texts, "evaluation.jsonl", tokens, sequence)
-    with show_progress("validating", quiet=quiet) as progress:
+    opened = common.open(checkpoint)
+    _set_up_torch(common)
+    windows = text.windows(opened, "evaluation.jsonl")
+    with show_progress("validating", quiet=common.quiet) as progress:
         report = validate_builds(
             opened,
             builds,
             windows,
             thresholds=Thresholds(max_kld, max_perplexity_ratio, min_routing),
-            device=device,
+            device=common.device,
             progress=progress,
         )
-    if as_json:
+    if common.as_json:
         _print_json(report.to_json())
     else:
         _print_tables(report_table(report))
@@ -366,17 +368,16 @@ def validate(
         ctx.exit(THRESHOLD_MISSED)
 
 
-def _load_text(
-    opened: Checkpoint, texts: tuple[Path, ...], default: str, tokens: int, sequence: int
-) -> Windows:
-    paths = texts or (sample_file(default),)
-    return load_windows(paths, opened.assets, opened.geometry, tokens=tokens, sequence=sequence)
+def _peak_rss() -> int:
+    """Most memory the process held, bytes; the system counts kilobytes, macOS bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _set_up_torch(threads: int, device: str) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
+def _set_up_torch(common: Common) -> None:
+    if common.device == "cuda" and not torch.cuda.is_available():
         raise ValidationError("--device cuda: torch finds no CUDA device; use --device cpu")
-    torch.set_num_threads(threads)
+    torch.set_num_threads(common.threads)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from lfmq.converter.calibration import Settings
 from lfmq.converter.checkpoint import Checkpoint, open_checkpoint
 from lfmq.converter.forward import Model
 from lfmq.converter.locate import sample_file
-from lfmq.converter.recipe import load_recipe
+from lfmq.converter.recipe import Recipe, load_recipe
 from lfmq.converter.text import Windows, load_windows
 from lfmq.validation.report import summarize_scores
 from lfmq.validation.validate import Reference, compare, run_reference
@@ -63,10 +63,10 @@ def main() -> None:
     table = Table(title=f"{everything.tokens:,} tokens of evaluation")
     for column in ("recipe", "method", "mean KLD", "same experts", "seconds"):
         table.add_column(column, justify="left" if column in ("recipe", "method") else "right")
-    table.add_row("int8", "nearest", *judge(sample, reference, "int8", None, None))
+    table.add_row("int8", "nearest", *judge(sample, reference, load_recipe("int8"), None, None))
     for recipe in ("int4", "int4-all"):
         for name, settings in METHODS.items():
-            figures = judge(sample, reference, recipe, calibration, settings)
+            figures = judge(sample, reference, load_recipe(recipe), calibration, settings)
             table.add_row(recipe, name, *figures)
             print(recipe, name, *figures, flush=True)
     Console(width=110).print(table)
@@ -90,14 +90,14 @@ def load(
 def judge(
     sample: Checkpoint,
     reference: Reference,
-    recipe: str,
+    recipe: Recipe,
     windows: Windows | None,
     settings: Settings | None,
 ) -> tuple[str, str, str]:
     """Mean KLD, routing and seconds of a recipe; without settings rounded to nearest."""
     started = time.monotonic()
     chosen = None if settings is None else windows
-    _, weights = ours(sample, load_recipe(recipe), chosen, settings)
+    _, weights = ours(sample, recipe, chosen, settings)
     seconds = time.monotonic() - started
     scores, routing = compare(reference, Model(sample.geometry, lambda name: weights[name]))
     kld = summarize_scores(scores).kld
@@ -119,7 +119,7 @@ def transfer(sample: Checkpoint, tokens: int) -> Table:
         for kind in (None, *kinds):
             windows = None if kind is None else texts[kind]
             settings = None if kind is None else Settings()
-            figures = judge(sample, reference, "int4", windows, settings)
+            figures = judge(sample, reference, load_recipe("int4"), windows, settings)
             table.add_row(kind or "nothing (nearest)", judged, *figures[:2])
     return table
 

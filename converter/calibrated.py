@@ -19,7 +19,6 @@ runs single-threaded in each, and sums are taken in order.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -28,17 +27,22 @@ from numpy.typing import NDArray
 
 from lfmq.converter.calibration import Calibration, RouterStep
 from lfmq.converter.checkpoint import Checkpoint
-from lfmq.converter.experts import FinishedExpert, LayerInputs, gated, quantize_expert
+from lfmq.converter.experts import (
+    FinishedExpert,
+    LayerInputs,
+    check_moments,
+    gated,
+    quantize_expert,
+)
 from lfmq.converter.forward import Model, embed, mix_tokens, normed, route
 from lfmq.converter.nearest import Write, not_finite, quantize_entry
+from lfmq.converter.passes import batches, single_threaded_torch
 from lfmq.quant import gptq
 from lfmq.quant.ridge import step_toward
 from lfmq.quant.types import Entry, Plan, Quantized, Scheme, Weight, dequantize
 
 # Every eighth window is held out when a refitted router is judged.
 _HOLD_OUT = 8
-# Tokens of a batch; batches are the unit of parallel work outside the experts.
-_BATCH_TOKENS = 4096
 
 
 def calibrated_units(
@@ -57,17 +61,6 @@ def calibrated_units(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-
-
-@contextmanager
-def single_threaded_torch() -> Iterator[None]:
-    """One thread in each torch operation, so that its sums do not depend on a number of cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class _Run:
@@ -93,8 +86,7 @@ class _Run:
         self._model = Model(plan.geometry, self._read)
         ids = calibration.windows.ids
         self._windows = ids.shape
-        step = max(1, _BATCH_TOKENS // ids.shape[1])
-        self._parts = [slice(i, i + step) for i in range(0, ids.shape[0], step)]
+        self._parts = batches(*ids.shape)
 
     def _read(self, name: str) -> NDArray[np.float32]:
         found = self._done.get(name)
@@ -138,7 +130,7 @@ class _Run:
                 np.ascontiguousarray(w), moments, entry.storage, sweeps=self._settings.sweeps
             )
         except ValueError as error:
-            raise not_finite(self._checkpoint, entry, "float16") from error
+            raise not_finite(self._checkpoint, name, "float16") from error
 
     # ---- attention and convolution
 
@@ -195,6 +187,7 @@ class _Run:
                 gap = gap if lacking is None else gap + lacking
                 missing[name] = missing.get(name, 0) + gap.T @ x
         assert moments is not None
+        check_moments(moments, f"the inputs of {names[0]}")
         ready = gptq.factorize(moments)
 
         def finish(name: str) -> tuple[str, Weight]:

@@ -13,6 +13,7 @@ from lfmq.converter.manifest import write_manifest
 from lfmq.converter.nearest import nearest_units
 from lfmq.converter.plan import bits_per_weight, token_bytes
 from lfmq.converter.recipe import Recipe
+from lfmq.converter.statistics import Statistics
 from lfmq.formats.build import BuildLayout, Format
 from lfmq.formats.writer import BuildWriter
 from lfmq.quant.errors import CheckpointError, PlanError, UnsupportedError
@@ -107,6 +108,7 @@ def convert(
     output: Path,
     *,
     calibration: Calibration | None = None,
+    statistics: Statistics | None = None,
     force: bool = False,
     threads: int = 2,
     progress: Progress | None = None,
@@ -120,6 +122,7 @@ def convert(
         formats: the containers by name.
         output: folder for the builds; created when missing.
         calibration: quantize from what these tokens show; round to nearest when None.
+        statistics: without calibration, what an error in each column of a weight costs.
         force: replace builds that exist.
         threads: tensors quantized at the same time; the bytes do not depend on it.
         progress: called with weights done and weights in all.
@@ -147,7 +150,8 @@ def convert(
                 writer.write(weights)
 
         if calibration is None:
-            units = nearest_units(checkpoint, plan, write, threads)
+            importance = statistics.importance if statistics else None
+            units = nearest_units(checkpoint, plan, write, threads, importance)
         else:
             units = calibrated_units(checkpoint, plan, calibration, write, threads)
         for unit in units:

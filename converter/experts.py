@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from lfmq.converter.calibration import QUOTA, ExpertCoverage, Settings
 from lfmq.converter.forward import ReadWeight, Routing
 from lfmq.quant import gptq, rtn
+from lfmq.quant.errors import ValidationError
 from lfmq.quant.ridge import step_toward
 from lfmq.quant.types import Quantized, Weight, dequantize
 
@@ -76,7 +77,7 @@ def quantize_expert(
     w1, w3, w2 = (torch.from_numpy(np.array(read(name))) for name in (gate, up, down))
     token, affinity = _routed_to(inputs.routing, expert)
     token_wanted, affinity_wanted = _routed_to(inputs.target, expert)
-    fit = _Fit(inputs, affinity, quantize)
+    fit = _Fit(inputs, expert, affinity, quantize)
     seen, ideal = inputs.x[token], inputs.wanted[token]
     fit.prepare(seen, ideal, lambda: inputs.pooled)
     q1, q3 = fit.quantize(gate, w1), fit.quantize(up, w3)
@@ -99,6 +100,19 @@ def quantize_expert(
     )
 
 
+def check_moments(moments: torch.Tensor, what: str) -> None:
+    """Refuse inputs that are not finite before anything is fitted to them.
+
+    Raises:
+        ValidationError: names ``what``.
+    """
+    if not torch.isfinite(moments).all():
+        raise ValidationError(
+            f"{what} are not finite on the calibration text; the weights before are damaged or "
+            "overflow"
+        )
+
+
 def gated(x: torch.Tensor, w1: torch.Tensor, w3: torch.Tensor) -> torch.Tensor:
     """silu(w1 x) * w3 x, the inner activations of a feed-forward block."""
     return F.silu(F.linear(x, w1)).mul_(F.linear(x, w3))
@@ -113,8 +127,13 @@ class _Fit:
     """Quantizes an expert's weights one input after another and sums up how well it went."""
 
     def __init__(
-        self, inputs: LayerInputs, affinity: torch.Tensor, quantize: QuantizeWeight
+        self,
+        inputs: LayerInputs,
+        expert: int,
+        affinity: torch.Tensor,
+        quantize: QuantizeWeight,
     ) -> None:
+        self._where = f"the inputs of layer {inputs.layer}, expert {expert}"
         self._ridge = inputs.settings.expert_ridge
         self._tokens = len(affinity)
         self._quota = QUOTA * inputs.x.shape[1]
@@ -136,6 +155,7 @@ class _Fit:
         missing = max(0.0, 1 - self._tokens / self._quota)
         if missing:
             self._h += (missing * self._quota * self._mean) * pooled()
+        check_moments(self._h, self._where)
         self._moments = gptq.factorize(self._h)
 
     def quantize(self, name: str, w: torch.Tensor) -> torch.Tensor:

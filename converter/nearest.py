@@ -4,12 +4,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lfmq.converter.checkpoint import Checkpoint
 from lfmq.quant.errors import CheckpointError
 from lfmq.quant.rtn import quantize
 from lfmq.quant.types import Entry, FloatType, Plan, Scheme, Weight
 
+# What an error in each column of a weight costs, [K]; None counts all the same.
+Importance = Callable[[Entry], NDArray[np.float32] | None]
 # Hands a unit's finished weights to every writer.
 Write = Callable[[Mapping[str, Weight]], None]
 
@@ -22,7 +25,11 @@ _LARGEST: dict[FloatType, float] = {
 
 
 def nearest_units(
-    checkpoint: Checkpoint, plan: Plan, write: Write, threads: int
+    checkpoint: Checkpoint,
+    plan: Plan,
+    write: Write,
+    threads: int,
+    importance: Importance | None = None,
 ) -> Iterator[tuple[Entry, ...]]:
     """Quantize and write the plan's units on a pool, yielding each when it is done.
 
@@ -38,7 +45,7 @@ def nearest_units(
                 if len(waiting) >= 2 * threads:
                     done, _ = wait(waiting, return_when=FIRST_COMPLETED)
                     yield from _finish(waiting, done)
-                waiting[pool.submit(_convert_unit, checkpoint, unit, write)] = unit
+                waiting[pool.submit(_convert_unit, checkpoint, unit, write, importance)] = unit
             while waiting:
                 done, _ = wait(waiting, return_when=FIRST_COMPLETED)
                 yield from _finish(waiting, done)
@@ -56,11 +63,18 @@ def _finish(
         yield unit
 
 
-def _convert_unit(checkpoint: Checkpoint, unit: tuple[Entry, ...], write: Write) -> None:
-    write({entry.name: quantize_entry(checkpoint, entry) for entry in unit})
+def _convert_unit(
+    checkpoint: Checkpoint,
+    unit: tuple[Entry, ...],
+    write: Write,
+    importance: Importance | None,
+) -> None:
+    write({entry.name: quantize_entry(checkpoint, entry, importance) for entry in unit})
 
 
-def quantize_entry(checkpoint: Checkpoint, entry: Entry) -> Weight:
+def quantize_entry(
+    checkpoint: Checkpoint, entry: Entry, importance: Importance | None = None
+) -> Weight:
     """Read a tensor and give it its storage: rounded to nearest, or floats.
 
     Raises:
@@ -69,18 +83,18 @@ def quantize_entry(checkpoint: Checkpoint, entry: Entry) -> Weight:
     values = checkpoint.read(entry.name)
     if not isinstance(entry.storage, Scheme):
         if not (abs(values) <= _LARGEST[entry.storage]).all():
-            raise not_finite(checkpoint, entry, entry.storage)
+            raise not_finite(checkpoint, entry.name, entry.storage)
         return values
     try:
-        return quantize(values, entry.storage)
+        return quantize(values, entry.storage, importance(entry) if importance else None)
     except ValueError as error:
-        raise not_finite(checkpoint, entry, "float16") from error
+        raise not_finite(checkpoint, entry.name, "float16") from error
 
 
-def not_finite(checkpoint: Checkpoint, entry: Entry, dtype: str) -> CheckpointError:
+def not_finite(checkpoint: Checkpoint, name: str, dtype: str) -> CheckpointError:
     """The error for a tensor with a value that its storage cannot hold."""
-    path = checkpoint.stored[entry.name].path
+    path = checkpoint.stored[name].path
     return CheckpointError(
-        f"{path}: {entry.name} holds a NaN, an Inf or a value beyond {dtype}; "
+        f"{path}: {name} holds a NaN, an Inf or a value beyond {dtype}; "
         "the checkpoint is damaged, fetch it again"
     )

@@ -50,11 +50,15 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Named rules; the last rule that matches a tensor decides."""
+    """Named rules; the last rule that matches a tensor decides.
+
+    With a ``budget`` the widths of experts come from statistics (``lfmq.converter.budget``).
+    """
 
     name: str
     rules: tuple[Rule, ...]
     text: str
+    budget: str | None = None
 
 
 def builtin_recipes() -> tuple[str, ...]:
@@ -89,14 +93,18 @@ def parse_recipe(text: str, name: str, source: str) -> Recipe:
         document = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise RecipeError(f"{source}: not valid TOML ({error})") from error
-    unknown = sorted(set(document) - {"description", "rule"})
+    unknown = sorted(set(document) - {"budget", "description", "rule"})
     if unknown:
-        raise RecipeError(f"{source}: unknown key {unknown[0]!r}; known: description, rule")
+        known = "budget, description, rule"
+        raise RecipeError(f"{source}: unknown key {unknown[0]!r}; known: {known}")
+    budget = document.get("budget")
+    if budget is not None and not isinstance(budget, str):
+        raise RecipeError(f"{source}: budget is {budget!r}, expected text such as '5.69bpw'")
     rules = document.get("rule")
     if not isinstance(rules, list) or not rules:
         raise RecipeError(f"{source}: no [[rule]] found")
     parsed = tuple(_rule(r, f"{source}: rule {i}") for i, r in enumerate(rules, 1))
-    return Recipe(name, parsed, text)
+    return Recipe(name, parsed, text, budget)
 
 
 def _rule(table: Any, where: str) -> Rule:

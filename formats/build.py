@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from lfmq.quant.types import Geometry, Plan
 
 Bytes = NDArray[np.uint8]
+# Expert weights that must share a width: a layer's projection, an expert, a layer; or none must.
+WidthUnit = Literal["stack", "expert", "layer", "weight"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,7 @@ class Format(Protocol):
 
     NAME: str
     SUFFIX: str
+    WIDTHS: WidthUnit
 
     def check(self, plan: Plan, assets: Assets) -> None:
         """Raise UnsupportedError when the container cannot hold the plan."""

@@ -15,7 +15,7 @@ from gguf import MODEL_ARCH, GGMLQuantizationType, get_tensor_name_map
 from gguf.quants import quant_shape_to_byte_shape
 from numpy.typing import NDArray
 
-from lfmq.formats.build import Assets, BuildLayout, Bytes, FileLayout, Piece, as_bytes
+from lfmq.formats.build import Assets, BuildLayout, Bytes, FileLayout, Piece, WidthUnit, as_bytes
 from lfmq.formats.gguf_metadata import TensorHeader, header_bytes, tokenizer_vocabulary
 from lfmq.formats.gguf_names import split_expert, tensor_name
 from lfmq.formats.gguf_reader import open_reader as open_reader
@@ -24,6 +24,7 @@ from lfmq.quant.types import Entry, Plan, Quantized, Role, Scheme, Storage
 
 NAME = "gguf"
 SUFFIX = ".gguf"
+WIDTHS: WidthUnit = "stack"
 ALIGNMENT = 32
 BLOCK = 32
 

@@ -14,7 +14,16 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from lfmq.formats.build import Assets, BuildLayout, Bytes, Piece, as_bytes, as_json, text_file
+from lfmq.formats.build import (
+    Assets,
+    BuildLayout,
+    Bytes,
+    Piece,
+    WidthUnit,
+    as_bytes,
+    as_json,
+    text_file,
+)
 from lfmq.formats.card import Runtime, model_card
 from lfmq.formats.mlx_names import module_path
 from lfmq.formats.mlx_reader import open_reader as open_reader
@@ -24,6 +33,7 @@ from lfmq.quant.types import FLOAT_ROLES, Entry, Plan, Quantized, Role, Scheme
 
 NAME = "mlx"
 SUFFIX = "-mlx"
+WIDTHS: WidthUnit = "stack"
 BITS = (4, 8)
 GROUPS = (32, 64, 128)
 

@@ -11,7 +11,15 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from lfmq.formats.build import Assets, BuildLayout, FileLayout, Piece, as_json, text_file
+from lfmq.formats.build import (
+    Assets,
+    BuildLayout,
+    FileLayout,
+    Piece,
+    WidthUnit,
+    as_json,
+    text_file,
+)
 from lfmq.formats.card import Runtime, model_card
 from lfmq.formats.onnx_graph import GraphBuilder
 from lfmq.formats.onnx_reader import DATA_FILE, MODEL_FILE
@@ -22,6 +30,7 @@ from lfmq.quant.types import FLOAT_ROLES, Entry, Plan
 
 NAME = "onnx"
 SUFFIX = "-onnx"
+WIDTHS: WidthUnit = "expert"
 BITS = (4, 8)
 GROUPS = (32, 64, 128)
 # a page: what runtimes map at a time (onnx.proto, external_data); smaller tensors share pages

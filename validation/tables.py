@@ -6,7 +6,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from lfmq.converter.calibration import Calibration
+from lfmq.converter.budget import Widths
+from lfmq.converter.calibration import ExpertCoverage, RouterStep
 from lfmq.converter.convert import Build, PlannedBuild
 from lfmq.converter.inspect import Inspection
 from lfmq.converter.plan import summarize
@@ -51,18 +52,34 @@ def planned_table(builds: Iterable[PlannedBuild]) -> Table:
     return _table("builds", ("format", "bytes", "bits/weight", "bytes/token"), rows)
 
 
+def widths_table(widths: Widths) -> Table:
+    """What each group of expert weights gets, and the KL divergence it is predicted to cost."""
+    rows = [
+        (
+            str(group.layer),
+            group.label,
+            "int8" if index in widths.wide else "int4",
+            f"{group.kld[0]:.6f}",
+            f"{group.kld[1]:.6f}",
+        )
+        for index, group in enumerate(widths.groups)
+    ]
+    return _table("widths", ("layer", "experts", "gets", "KLD at int4", "at int8"), rows)
+
+
 def builds_table(builds: Iterable[Build]) -> Table:
     """Builds just written."""
     rows = [(b.format, f"{b.nbytes:,}", f"{b.bits_per_weight:.3f}", str(b.path)) for b in builds]
     return _table("builds", ("format", "bytes", "bits/weight", "path"), rows)
 
 
-def coverage_table(calibration: Calibration) -> Table:
+def coverage_table(coverage: Iterable[ExpertCoverage], steps: Iterable[RouterStep] = ()) -> Table:
     """What calibration saw of each layer's experts; the JSON has every expert."""
     rows = []
-    routers = {step.layer: step for step in calibration.routers}
-    for layer in dict.fromkeys(e.layer for e in calibration.experts):
-        experts = [e for e in calibration.experts if e.layer == layer]
+    routers = {step.layer: step for step in steps}
+    coverage = tuple(coverage)
+    for layer in dict.fromkeys(e.layer for e in coverage):
+        experts = [e for e in coverage if e.layer == layer]
         tokens = [e.tokens for e in experts]
         rules = Counter(e.rule for e in experts)
         nearest = sum(e.error_nearest for e in experts) / len(experts)

@@ -115,5 +115,5 @@ def test_what_is_no_recipe(text):
 def test_a_file_that_cannot_be_read(tmp_path, content):
     path = tmp_path / "mine.toml"
     path.mkdir() if content is None else path.write_bytes(content)
-    with pytest.raises(RecipeError, match=r"neither a built-in recipe \(int4, int4-all, int8\)"):
+    with pytest.raises(RecipeError, match=r"neither a built-in recipe \(int4, int4-all, int4-mixed, int8\)"):
         load_recipe(str(path))

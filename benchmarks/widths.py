@@ -1,0 +1,97 @@
+"""Widths chosen from calibration against rules of thumb at equal bytes, predicted and measured.
+
+Every plan is converted with calibration on the sample and judged on held-out text. A rule gives 8
+bits to a share of the expert weights; at the bytes of its build a budget chooses for itself, by
+stacks as GGUF and MLX hold them and by experts as ONNX does.
+"""
+
+import argparse
+
+import torch
+from ablation import judge, load
+from rich.console import Console
+from rich.table import Table
+
+from lfmq.converter.budget import Budget, choose_widths, predicted_kld
+from lfmq.converter.calibration import Settings
+from lfmq.converter.checkpoint import Checkpoint, open_checkpoint
+from lfmq.converter.collect import collect
+from lfmq.converter.forward import Model
+from lfmq.converter.locate import sample_file
+from lfmq.converter.plan import resolve_plan
+from lfmq.converter.recipe import Recipe, load_recipe, parse_recipe
+from lfmq.converter.statistics import Statistics
+from lfmq.formats.registry import FORMATS
+from lfmq.validation.validate import run_reference
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=32768, help="of calibration")
+    parser.add_argument("--evaluate", type=int, default=98304, help="tokens of evaluation")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    sample = open_checkpoint(sample_file())
+    calibration = load(sample, "calibration.jsonl", options.tokens)
+    statistics, _ = collect(sample, calibration)
+    evaluation = load(sample, "evaluation.jsonl", options.evaluate)
+    reference = run_reference(Model(sample.geometry, sample.read), evaluation)
+    table = Table(title=f"{evaluation.tokens:,} tokens of evaluation")
+    for column in ("experts at 8 bits", "chosen by", "predicted", "measured", "same experts"):
+        table.add_column(column, justify="left" if column == "chosen by" else "right")
+    for share, name, recipe in plans(sample, statistics):
+        predicted = predicted_kld(statistics, resolve_plan(sample.geometry, recipe))
+        kld, routing, _ = judge(sample, reference, recipe, calibration, Settings())
+        table.add_row(share, name, f"{predicted:.6f}", kld, routing)
+        print(share, name, f"{predicted:.6f}", kld, routing, flush=True)
+    Console(width=110).print(table)
+
+
+def plans(sample: Checkpoint, statistics: Statistics) -> list[tuple[str, str, Recipe]]:
+    """Share of the experts at 8 bits, who chose it, and the recipe."""
+    layers, experts = sample.geometry.moe_layers, sample.geometry.num_experts
+    rules = {
+        "1/3": {
+            "every down": 'roles = ["expert_down"]',
+            "every gate": 'roles = ["expert_gate"]',
+            "every up": 'roles = ["expert_up"]',
+        },
+        "1/2": {
+            "first and last layer": f'roles = ["experts"]\nlayers = [{layers[0]}, {layers[-1]}]',
+            "every second expert": f'roles = ["experts"]\nexperts = {list(range(0, experts, 2))}',
+        },
+        "2/3": {"every up and down": 'roles = ["expert_up", "expert_down"]'},
+    }
+    found = [("none", "int4", load_recipe("int4"))]
+    for share, named in rules.items():
+        for name, rule in named.items():
+            found.append((share, name, ruled(name, rule)))
+        for unit, container in (("stack", "gguf"), ("expert", "onnx")):
+            module = FORMATS[container]
+            like = {"1/3": 1 / 3, "1/2": 1 / 2, "2/3": 2 / 3}[share]
+            least, most = (
+                module.layout(resolve_plan(sample.geometry, load_recipe(r)), sample.assets).nbytes
+                for r in ("int4", "int8")
+            )
+            # a page of header is what exceptions may take
+            limit = Budget(least + like * (most - least) + 4096, False)
+            chosen = choose_widths(
+                sample.geometry,
+                sample.assets,
+                load_recipe("int4"),
+                statistics,
+                limit,
+                {container: module},
+            )
+            found.append((share, f"budget, by {unit}", chosen.recipe))
+    return [*found, ("all", "int8", load_recipe("int8"))]
+
+
+def ruled(name: str, rule: str) -> Recipe:
+    """The int4 recipe with 8 bits for what a rule says."""
+    return parse_recipe(f"{load_recipe('int4').text}\n[[rule]]\n{rule}\nbits = 8\n", name, name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,283 @@
+"""What calibration learned of a checkpoint, as a file: mergeable, reusable, bound to its model.
+
+The file is a safetensors file with one metadata key, ``lfmq``, a JSON object; docs/statistics.md
+lists its tensors. It holds second moments by column, not full ones: those are K times larger and
+live only while their layer is quantized.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from lfmq.converter.calibration import QUOTA
+from lfmq.converter.tensors import Tensor, expected_tensors
+from lfmq.quant.errors import PlanError, ValidationError
+from lfmq.quant.gptq import DAMPING
+from lfmq.quant.types import EXPERT_ROLES, Entry, Geometry, InputMoments, Role
+
+VERSION = 1
+# Widths whose loss is measured for every weight of an expert.
+LOSS_BITS = (4, 8)
+
+
+@dataclass(frozen=True, slots=True)
+class Sensitivity:
+    """What rounding a part of the model did to its predictions.
+
+    Attributes:
+        error: mean squared change of a token's hidden state where the part ends.
+        kld: mean KL divergence at the head, nats.
+    """
+
+    error: float
+    kld: float
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """Statistics of one checkpoint.
+
+    Attributes:
+        identity: :func:`identity_of` the checkpoint's geometry.
+        texts: sha256 of every text it comes from, sorted.
+        tokens: of all texts.
+        inputs: by the name of the weight they go into.
+        losses: by the name of an expert's weight, for each width of ``LOSS_BITS``: the squared
+            error of the layer's output, summed over tokens, when that weight alone is rounded.
+        layers: for each MoE layer, all of its experts at 4 bits.
+        shared: the shared weights at 8 bits; None when it was not measured.
+    """
+
+    identity: str
+    texts: tuple[str, ...]
+    tokens: int
+    inputs: Mapping[str, InputMoments]
+    losses: Mapping[str, tuple[float, ...]]
+    layers: Mapping[int, Sensitivity]
+    shared: Sensitivity | None = None
+
+    def merge(self, other: "Statistics") -> "Statistics":
+        """Those of both texts.
+
+        Raises:
+            ValidationError: of different checkpoints, or a text that is in both.
+        """
+        if self.identity != other.identity:
+            raise ValidationError("statistics of different checkpoints cannot be merged")
+        if common := set(self.texts) & set(other.texts):
+            raise ValidationError(
+                f"both statistics hold the text with sha256 {min(common)[:16]}...; it would count "
+                "twice"
+            )
+        share = self.tokens / (self.tokens + other.tokens)
+        ours, theirs = self.inputs, other.inputs
+        return replace(
+            self,
+            texts=tuple(sorted(self.texts + other.texts)),
+            tokens=self.tokens + other.tokens,
+            inputs={name: ours[name] + theirs[name] for name in ours if name in theirs},
+            losses={
+                name: tuple(np.add(loss, other.losses[name]).tolist())
+                for name, loss in self.losses.items()
+                if name in other.losses
+            },
+            layers={
+                layer: _mixed(found, other.layers[layer], share)
+                for layer, found in self.layers.items()
+                if layer in other.layers
+            },
+            shared=_mixed(self.shared, other.shared, share)
+            if self.shared and other.shared
+            else None,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """For ``lfmq calibrate --json``; the file has the moments and losses."""
+        return {
+            "identity": self.identity,
+            "texts": self.texts,
+            "layers": [{"layer": n, **asdict(found)} for n, found in self.layers.items()],
+            "shared": asdict(self.shared) if self.shared else None,
+        }
+
+    def importance(self, tensor: Entry) -> NDArray[np.float32] | None:
+        """What an error in each column of a weight costs, float32 [K]; None where unknown.
+
+        An expert below its quota shrinks toward its layer in proportion to what it lacks; the
+        inner activations of experts have nothing in common, there a constant stands in.
+        """
+        found = self.inputs.get(tensor.name)
+        if found is None:
+            return None
+        sums, mass = found.sums, found.mass
+        quota = QUOTA * len(sums)
+        if tensor.expert is not None and found.tokens < quota:
+            each = mass / found.tokens if found.tokens else 1.0
+            lacking = (quota - found.tokens) * each
+            sums, mass = sums + lacking * self._pooled(tensor, found), mass + lacking
+        if not sums.any():
+            return np.ones(len(sums), np.float32)
+        mean = sums / mass
+        damped: NDArray[np.float32] = (mean + DAMPING * mean.mean()).astype(np.float32)
+        return damped
+
+    def _pooled(self, tensor: Entry, found: InputMoments) -> NDArray[np.float64]:
+        if tensor.role is Role.EXPERT_DOWN:
+            mean = found.mean
+            return np.full(len(mean), mean.mean() or 1.0)
+        prefix, _, part = tensor.name.partition(f".experts.{tensor.expert}.")
+        pool = None
+        for name, moments in self.inputs.items():
+            if name.startswith(f"{prefix}.experts.") and name.endswith(f".{part}"):
+                pool = moments if pool is None else pool + moments
+        assert pool is not None
+        return pool.mean
+
+
+def _mixed(a: Sensitivity, b: Sensitivity, share: float) -> Sensitivity:
+    return Sensitivity(
+        share * a.error + (1 - share) * b.error, share * a.kld + (1 - share) * b.kld
+    )
+
+
+def identity_of(geometry: Geometry) -> str:
+    """sha256 of the model's facts and the names of its tensors."""
+    facts = {"geometry": asdict(geometry), "tensors": [t.name for t in expected_tensors(geometry)]}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def check_identity(identity: str, geometry: Geometry, path: Path) -> None:
+    """Refuse statistics of another checkpoint.
+
+    Raises:
+        ValidationError: the hash of config and tensor names differs.
+    """
+    expected = identity_of(geometry)
+    if identity != expected:
+        raise ValidationError(
+            f"{path}: statistics of another checkpoint (config and tensor names hash to "
+            f"{identity[:16]}..., this checkpoint's to {expected[:16]}...); calibrate this one"
+        )
+
+
+def save_statistics(path: Path, statistics: Statistics) -> None:
+    """Write the file under a temporary name and rename it; equal statistics give equal bytes.
+
+    Raises:
+        PlanError: it cannot be written.
+    """
+    header = {
+        "version": VERSION,
+        "identity": statistics.identity,
+        "texts": statistics.texts,
+        "tokens": statistics.tokens,
+        "layers": {layer: asdict(s) for layer, s in statistics.layers.items()},
+        "shared": asdict(statistics.shared) if statistics.shared else None,
+    }
+    tensors: dict[str, NDArray[Any]] = {}
+    for name, found in statistics.inputs.items():
+        tensors[f"{name}.sums"] = np.ascontiguousarray(found.sums)
+        tensors[f"{name}.seen"] = np.array([found.tokens, found.mass])
+    for name, loss in statistics.losses.items():
+        tensors[f"{name}.loss"] = np.array(loss, np.float64)
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, part, {"lfmq": json.dumps(header)})
+        part.replace(path)
+    except (OSError, SafetensorError) as error:
+        part.unlink(missing_ok=True)
+        raise PlanError(f"{path}: cannot be written ({error})") from error
+
+
+def load_statistics(path: Path, geometry: Geometry) -> Statistics:
+    """Read the file of a checkpoint with this geometry.
+
+    Raises:
+        ValidationError: not a statistics file, damaged, or of another checkpoint.
+    """
+    try:
+        with safe_open(path, "numpy") as file:
+            header = _header(path, file.metadata())
+            check_identity(header["identity"], geometry, path)
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except OSError as error:
+        raise ValidationError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except SafetensorError as error:
+        raise ValidationError(
+            f"{path}: damaged or not a statistics file ({error}); calibrate again"
+        ) from error
+    inputs, losses = {}, {}
+    for tensor in expected_tensors(geometry):
+        name = tensor.name
+        if f"{name}.sums" in stored:
+            inputs[name] = _moments(path, tensor, stored)
+        if f"{name}.loss" in stored:
+            losses[name] = tuple(_finite(path, f"{name}.loss", stored, (len(LOSS_BITS),)))
+    layers = {int(layer): Sensitivity(**s) for layer, s in header["layers"].items()}
+    shared = Sensitivity(**header["shared"]) if header["shared"] else None
+    return Statistics(
+        header["identity"],
+        tuple(header["texts"]),
+        header["tokens"],
+        inputs,
+        losses,
+        layers,
+        shared,
+    )
+
+
+def _header(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
+    try:
+        header = json.loads((metadata or {})["lfmq"])
+        if header["version"] != VERSION:
+            raise ValidationError(
+                f"{path}: statistics version {header['version']}, this lfmq reads {VERSION}"
+            )
+        for entry in (*header["layers"].values(), *filter(None, [header["shared"]])):
+            Sensitivity(**entry)
+        if not isinstance(header["identity"], str) or not isinstance(header["tokens"], int):
+            raise TypeError("identity or tokens")
+        if not all(isinstance(text, str) for text in header["texts"]):
+            raise TypeError("texts")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValidationError(
+            f"{path}: not a statistics file of lfmq ({error!r}); lfmq calibrate makes one"
+        ) from error
+    return dict(header)
+
+
+def _moments(path: Path, tensor: Tensor, stored: Mapping[str, NDArray[Any]]) -> InputMoments:
+    sums = _finite(path, f"{tensor.name}.sums", stored, (tensor.shape[-1],))
+    tokens, mass = _finite(path, f"{tensor.name}.seen", stored, (2,))
+    return InputMoments(int(tokens), float(mass), sums)
+
+
+def _finite(
+    path: Path, name: str, stored: Mapping[str, NDArray[Any]], shape: tuple[int, ...]
+) -> NDArray[np.float64]:
+    found = stored.get(name)
+    if found is None or found.shape != shape or found.dtype != np.float64:
+        what = "missing" if found is None else f"{found.dtype} {list(found.shape)}"
+        raise ValidationError(f"{path}: {name} is {what}, expected float64 {list(shape)}")
+    if not (np.isfinite(found) & (found >= 0)).all():
+        raise ValidationError(f"{path}: {name} holds a negative or not finite value")
+    return found
+
+
+def has_losses(statistics: Statistics, geometry: Geometry) -> bool:
+    """Whether widths can be chosen from it; an imported imatrix has moments alone."""
+    experts = (t.name for t in expected_tensors(geometry) if t.role in EXPERT_ROLES)
+    return (
+        statistics.shared is not None
+        and set(statistics.layers) == set(geometry.moe_layers)
+        and all(name in statistics.losses for name in experts)
+    )

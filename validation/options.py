@@ -1,0 +1,163 @@
+"""Options that several commands share, handed to each as one value."""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import reduce, wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lfmq.converter.calibrate import open_statistics
+from lfmq.converter.checkpoint import Checkpoint, open_checkpoint
+from lfmq.converter.locate import locate_checkpoint, sample_file
+from lfmq.converter.recipe import DEFAULT_RECIPE
+from lfmq.converter.statistics import Statistics
+from lfmq.converter.text import Windows, load_windows
+from lfmq.formats.build import Format
+from lfmq.formats.registry import FORMATS
+
+Command = Callable[..., Any]
+
+
+def _packed(name: str, kind: type, *decorators: Command) -> Command:
+    """Options that commands share, handed over as one value."""
+
+    def decorate(command: Command) -> Command:
+        @wraps(command)
+        def unpack(**given: Any) -> Any:
+            value = kind(**{f.name: given.pop(f.name) for f in fields(kind)})
+            return command(**{name: value}, **given)
+
+        return reduce(lambda f, d: d(f), reversed(decorators), unpack)
+
+    return decorate
+
+
+@dataclass(frozen=True)
+class Common:
+    """What every command takes."""
+
+    threads: int
+    device: str
+    as_json: bool
+    quiet: bool
+
+    def open(self, reference: str) -> Checkpoint:
+        """The checkpoint, fetched with a bar on a terminal."""
+        location = locate_checkpoint(reference, bars=sys.stderr.isatty() and not self.quiet)
+        return open_checkpoint(location.folder, location.name)
+
+
+@dataclass(frozen=True)
+class Text:
+    """Text and how much of it."""
+
+    texts: tuple[Path, ...]
+    tokens: int
+    sequence: int
+
+    def windows(self, opened: Checkpoint, default: str) -> Windows:
+        """Its tokens; without a text those of a file of the sample."""
+        paths = self.texts or (sample_file(default),)
+        return load_windows(
+            paths, opened.assets, opened.geometry, tokens=self.tokens, sequence=self.sequence
+        )
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which builds."""
+
+    recipe: str
+    formats: tuple[str, ...]
+    budget: str | None
+    statistics: Path | None
+
+    @property
+    def chosen(self) -> dict[str, Format]:
+        """The containers asked for by name; default: all."""
+        return {name: FORMATS[name] for name in (self.formats or FORMATS)}
+
+    def known(self, opened: Checkpoint) -> Statistics | None:
+        """The statistics file, if one was given."""
+        return open_statistics(self.statistics, opened.geometry) if self.statistics else None
+
+
+def _threads() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+
+
+common_options = _packed(
+    "common",
+    Common,
+    click.option(
+        "--threads",
+        type=click.IntRange(1, 1024),
+        default=_threads,
+        show_default="all cores",
+        help="Threads to use; results do not depend on it.",
+    ),
+    click.option(
+        "--device",
+        type=click.Choice(["cpu", "cuda"]),
+        default="cpu",
+        show_default=True,
+        help="Where matrices are multiplied.",
+    ),
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON object and no tables."),
+    click.option("--quiet", is_flag=True, help="No progress on stderr."),
+)
+plan_options = _packed(
+    "wanted",
+    Wanted,
+    click.option(
+        "--recipe",
+        default=DEFAULT_RECIPE,
+        show_default=True,
+        help="A built-in recipe (int8, int4, int4-all, int4-mixed) or a TOML file.",
+    ),
+    click.option(
+        "--to",
+        "formats",
+        type=click.Choice(sorted(FORMATS)),
+        multiple=True,
+        help="Container to write; may be repeated. Default: all.",
+    ),
+    click.option(
+        "--budget",
+        help="Size of each build (6.1GB, 5800MiB, 5.69bpw); as far as it goes experts get 8 bits.",
+    ),
+    click.option(
+        "--statistics",
+        type=click.Path(path_type=Path),
+        help="What lfmq calibrate found, or an imatrix of llama.cpp.",
+    ),
+)
+text_options = _packed(
+    "text",
+    Text,
+    click.option(
+        "--text",
+        "texts",
+        type=click.Path(path_type=Path),
+        multiple=True,
+        help="Plain text or JSONL; may be repeated.",
+    ),
+    click.option(
+        "--tokens",
+        type=click.IntRange(1),
+        default=32768,
+        show_default=True,
+        help="How many tokens of the text.",
+    ),
+    click.option(
+        "--sequence",
+        type=click.IntRange(4),
+        default=512,
+        show_default=True,
+        help="Length of a window, tokens.",
+    ),
+)
