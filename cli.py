@@ -21,7 +21,7 @@ from lfmq.converter.convert import plan_builds, plan_layouts
 from lfmq.converter.inspect import inspect_checkpoint
 from lfmq.converter.manifest import verify_build
 from lfmq.converter.recipe import load_recipe
-from lfmq.quant.errors import LfmqError, ValidationError
+from lfmq.quant.errors import LfmqError
 from lfmq.validation.options import (
     Common,
     Text,
@@ -213,6 +213,7 @@ def calibrate(
             imatrix=imatrix,
             force=force,
             threads=common.threads,
+            device=common.device,
             progress=progress,
         )
     if common.as_json:
@@ -267,7 +268,16 @@ def convert(
     windows = None
     if text.texts or not (uncalibrated or known):
         windows = text.windows(opened, "calibration.jsonl")
-    widths = settle_widths(opened, base, wanted.chosen, known, wanted.budget, windows=windows)
+    widths = settle_widths(
+        opened,
+        base,
+        wanted.chosen,
+        known,
+        wanted.budget,
+        windows=windows,
+        threads=common.threads,
+        device=common.device,
+    )
     plan_layouts(opened, widths.plan, wanted.chosen)
     calibration = Calibration(windows) if windows else None
     with show_progress("quantizing", quiet=common.quiet) as progress:
@@ -281,7 +291,9 @@ def convert(
             statistics=known,
             force=force,
             threads=common.threads,
+            device=common.device,
             progress=progress,
+            notice=common.notice,
         )
     if common.as_json:
         _print_json(
@@ -347,7 +359,7 @@ def validate(
     text is used.
     """
     opened = common.open(checkpoint)
-    _set_up_torch(common)
+    torch.set_num_threads(common.threads)
     windows = text.windows(opened, "evaluation.jsonl")
     with show_progress("validating", quiet=common.quiet) as progress:
         report = validate_builds(
@@ -372,12 +384,6 @@ def _peak_rss() -> int:
     """Most memory the process held, bytes; the system counts kilobytes, macOS bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _set_up_torch(common: Common) -> None:
-    if common.device == "cuda" and not torch.cuda.is_available():
-        raise ValidationError("--device cuda: torch finds no CUDA device; use --device cpu")
-    torch.set_num_threads(common.threads)
 
 
 if __name__ == "__main__":

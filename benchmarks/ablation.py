@@ -26,6 +26,7 @@ SEQUENCE = 256
 PROSE = ("ar", "de", "en", "es", "fr", "it", "ja", "pt", "zh")
 PLAIN = Settings(
     sweeps=0,
+    damping=0.01,
     affinity=False,
     ridge=None,
     residual_ridge=None,
@@ -35,13 +36,13 @@ PLAIN = Settings(
 METHODS: dict[str, Settings | None] = {
     "nearest": None,
     "GPTQ": PLAIN,
-    "+ affinity": replace(PLAIN, affinity=True),
-    "+ 3 sweeps": replace(PLAIN, affinity=True, sweeps=3),
-    "+ step of shared weights": replace(
-        PLAIN, affinity=True, sweeps=3, ridge=0.1, residual_ridge=1.0
-    ),
+    "+ damping 0.1": replace(PLAIN, damping=0.1),
+    "+ affinity": replace(PLAIN, damping=0.1, affinity=True),
+    "+ 3 sweeps": replace(PLAIN, damping=0.1, affinity=True, sweeps=3),
+    "+ step of shared weights": replace(Settings(), expert_ridge=None, refit_router=False),
     "+ step of experts": replace(Settings(), refit_router=False),
     "+ routers: all": Settings(),
+    "all but damping": replace(Settings(), damping=0.01),
     "all but affinity": replace(Settings(), affinity=False),
     "all but sweeps": replace(Settings(), sweeps=0),
     "all but steps": replace(Settings(), ridge=None, residual_ridge=None, expert_ridge=None),
@@ -108,7 +109,7 @@ def transfer(sample: Checkpoint, tokens: int) -> Table:
     """Calibration on prose judged on code and chat, and the reverse."""
     kinds = {"prose": PROSE, "code and chat": ("py", "chat")}
     table = Table(title="int4, calibrated on one kind of text and judged on another")
-    for column in ("calibrated on", "judged on", "mean KLD", "same experts"):
+    for column in ("calibrated on", "damping", "judged on", "mean KLD", "same experts"):
         table.add_column(column, justify="left" if "on" in column.split() else "right")
     model = Model(sample.geometry, sample.read)
     texts = {
@@ -116,11 +117,13 @@ def transfer(sample: Checkpoint, tokens: int) -> Table:
     }
     for judged, domains in kinds.items():
         reference = run_reference(model, load(sample, "evaluation.jsonl", tokens, domains))
-        for kind in (None, *kinds):
-            windows = None if kind is None else texts[kind]
-            settings = None if kind is None else Settings()
-            figures = judge(sample, reference, load_recipe("int4"), windows, settings)
-            table.add_row(kind or "nothing (nearest)", judged, *figures[:2])
+        figures = judge(sample, reference, load_recipe("int4"), None, None)
+        table.add_row("nothing (nearest)", "", judged, *figures[:2])
+        for kind, windows in texts.items():
+            for damping in (0.01, Settings().damping):
+                settings = replace(Settings(), damping=damping)
+                figures = judge(sample, reference, load_recipe("int4"), windows, settings)
+                table.add_row(kind, str(damping), judged, *figures[:2])
     return table
 
 

@@ -125,6 +125,7 @@ def settle_widths(
     *,
     windows: Windows | None = None,
     threads: int = 2,
+    device: str = "cpu",
 ) -> Widths:
     """Resolve a recipe; where it or ``budget`` sets a limit, choose the widths of experts.
 
@@ -136,6 +137,7 @@ def settle_widths(
         budget: takes the place of the recipe's.
         windows: the text to gather statistics from.
         threads: for gathering.
+        device: for gathering.
 
     Raises:
         RecipeError: the budget is not one, is too small, or there is nothing to choose by.
@@ -154,7 +156,7 @@ def settle_widths(
                 f"recipe {recipe.name}: widths for a budget of {limit} are chosen by statistics; "
                 "give --statistics FILE, made by lfmq calibrate"
             )
-        statistics, _ = collect(checkpoint, windows, threads=threads)
+        statistics, _ = collect(checkpoint, windows, threads=threads, device=device)
     return choose_widths(geometry, checkpoint.assets, recipe, statistics, found, formats)
 
 

@@ -30,6 +30,7 @@ def calibrate(
     imatrix: Path | None = None,
     force: bool = False,
     threads: int = 2,
+    device: str = "cpu",
     progress: Progress | None = None,
 ) -> tuple[Statistics, list[ExpertCoverage]]:
     """Gather statistics and write them; a run that was killed goes on where it was.
@@ -42,6 +43,7 @@ def calibrate(
         imatrix: also write llama.cpp's importance matrix there.
         force: replace a file that exists.
         threads: batches and experts at a time.
+        device: where matrices are multiplied.
         progress: called with 1 and the number of layers after each layer.
 
     Raises:
@@ -53,7 +55,9 @@ def calibrate(
         raise PlanError(f"{output}: already exists; give --force to replace it")
     others = [load_statistics(path, checkpoint.geometry) for path in merge]
     state = StateFile(output.with_name(output.name + ".resume"), _key(checkpoint, windows))
-    found, coverage = collect(checkpoint, windows, threads=threads, state=state, progress=progress)
+    found, coverage = collect(
+        checkpoint, windows, threads=threads, device=device, state=state, progress=progress
+    )
     for other in others:
         found = found.merge(other)
     save_statistics(output, found)

@@ -19,6 +19,7 @@ runs single-threaded in each, and sums are taken in order.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -36,28 +37,49 @@ from lfmq.converter.experts import (
 )
 from lfmq.converter.forward import Model, embed, mix_tokens, normed, route
 from lfmq.converter.nearest import Write, not_finite, quantize_entry
-from lfmq.converter.passes import batches, single_threaded_torch
+from lfmq.converter.passes import batches, steady_torch
+from lfmq.converter.statefile import StateFile
 from lfmq.quant import gptq
-from lfmq.quant.ridge import step_toward
+from lfmq.quant.ridge import ridge_factor, step_toward
 from lfmq.quant.types import Entry, Plan, Quantized, Scheme, Weight, dequantize
 
+_EMBEDDING = "model.embed_tokens.weight"
 # Every eighth window is held out when a refitted router is judged.
 _HOLD_OUT = 8
 
 
 def calibrated_units(
-    checkpoint: Checkpoint, plan: Plan, calibration: Calibration, write: Write, threads: int
+    checkpoint: Checkpoint,
+    plan: Plan,
+    calibration: Calibration,
+    write: Write,
+    threads: int,
+    *,
+    device: str = "cpu",
+    state: StateFile | None = None,
+    finished: frozenset[str] = frozenset(),
 ) -> Iterator[tuple[Entry, ...]]:
     """Quantize and write the plan's units in the order of the model, yielding each when done.
+
+    Args:
+        checkpoint: what is quantized.
+        plan: the storage of every tensor.
+        calibration: the tokens; takes up what is found.
+        write: gets each unit.
+        threads: batches and experts at a time.
+        device: where matrices are multiplied.
+        state: where the hidden states are saved after each layer, and taken up from when every
+            unit before them is finished.
+        finished: the first tensors of units written by an earlier run.
 
     Raises:
         CheckpointError: a tensor cannot be read, or holds NaN or Inf.
         ValidationError: a hidden state is not finite, or a token is outside the vocabulary.
     """
-    with single_threaded_torch(), ThreadPoolExecutor(threads) as pool:
-        run = _Run(checkpoint, plan, calibration, write, pool)
+    with steady_torch(), ThreadPoolExecutor(threads) as pool:
+        run = _Run(checkpoint, plan, calibration, write, pool, device)
         try:
-            yield from run.units()
+            yield from run.units(state, finished)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -73,6 +95,7 @@ class _Run:
         calibration: Calibration,
         write: Write,
         pool: ThreadPoolExecutor,
+        device: str,
     ) -> None:
         self._checkpoint = checkpoint
         self._entries = {e.name: e for e in plan.entries}
@@ -82,8 +105,8 @@ class _Run:
         self._write = write
         self._pool = pool
         self._done: dict[str, NDArray[np.float32]] = {}
-        self._reference = Model(plan.geometry, checkpoint.read)
-        self._model = Model(plan.geometry, self._read)
+        self._reference = Model(plan.geometry, checkpoint.read, device=device)
+        self._model = Model(plan.geometry, self._read, device=device)
         ids = calibration.windows.ids
         self._windows = ids.shape
         self._parts = batches(*ids.shape)
@@ -92,11 +115,20 @@ class _Run:
         found = self._done.get(name)
         return self._checkpoint.read(name) if found is None else found
 
-    def units(self) -> Iterator[tuple[Entry, ...]]:
-        ids = self._calibration.windows.ids
-        yield from self._plain("model.embed_tokens.weight")
-        self._states, self._wanted = embed(self._model, ids), embed(self._reference, ids)
-        for layer in range(self._model.geometry.num_hidden_layers):
+    def units(
+        self, state: StateFile | None, finished: frozenset[str]
+    ) -> Iterator[tuple[Entry, ...]]:
+        """All units, those of an earlier run first."""
+        before = self._take_up(state, finished)
+        if before is None:
+            ids = self._calibration.windows.ids
+            yield from self._plain(_EMBEDDING)
+            self._states, self._wanted = embed(self._model, ids), embed(self._reference, ids)
+            first = 0
+        else:
+            first = before
+            yield from self._units_before(first)
+        for layer in range(first, self._model.geometry.num_hidden_layers):
             self._done.clear()
             prefix = f"model.layers.{layer}."
             yield from self._mixer(layer, prefix)
@@ -104,7 +136,32 @@ class _Run:
                 yield from self._dense(layer, prefix)
             else:
                 yield from self._routed(layer, prefix)
+            if state is not None:
+                tensors = {"states": self._states.cpu(), "wanted": self._wanted.cpu()}
+                state.save(layer + 1, self._calibration.found(), tensors)
         yield from self._plain("model.embedding_norm.weight")
+
+    def _units_before(self, layer: int) -> list[tuple[Entry, ...]]:
+        """Units that are written before a layer is begun."""
+        return [
+            unit
+            for name, unit in self._units.items()
+            if name == _EMBEDDING or (unit[0].layer is not None and unit[0].layer < layer)
+        ]
+
+    def _take_up(self, state: StateFile | None, finished: frozenset[str]) -> int | None:
+        """Begin at the layer of a saved state; None without one, or with units missing."""
+        found = state.load() if state else None
+        if found is None:
+            return None
+        layer, facts, tensors = found
+        if not all(unit[0].name in finished for unit in self._units_before(layer)):
+            return None
+        self._states, self._wanted = (
+            tensors[name].to(self._model.device) for name in ("states", "wanted")
+        )
+        self._calibration.take_up(facts)
+        return layer
 
     # ---- finishing weights
 
@@ -176,7 +233,7 @@ class _Run:
         self, names: list[str], batches: "Iterable[_Batch]", ridge: float | None
     ) -> Iterator[tuple[Entry, ...]]:
         """Weights that share their inputs: moments and steps from all batches, then rounding."""
-        weights = {n: torch.from_numpy(np.array(self._checkpoint.read(n))) for n in names}
+        weights = {n: self._reference.weight(n) for n in names}
         moments: torch.Tensor | None = None
         missing: dict[str, torch.Tensor] = {}
         for x, wanted, lacking in batches:
@@ -188,13 +245,12 @@ class _Run:
                 missing[name] = missing.get(name, 0) + gap.T @ x
         assert moments is not None
         check_moments(moments, f"the inputs of {names[0]}")
-        ready = gptq.factorize(moments)
+        factor = None if ridge is None else ridge_factor(moments, ridge)
+        ready = gptq.factorize(moments, self._settings.damping)
 
         def finish(name: str) -> tuple[str, Weight]:
-            w = weights[name].numpy()
-            if ridge is not None:
-                w = step_toward(weights[name], moments, missing[name], ridge)
-            return name, self._quantize(name, w, ready)
+            w = step_toward(weights[name], factor, missing[name])
+            return name, self._quantize(name, w.cpu().numpy(), ready)
 
         for name, weight in self._pool.map(finish, names):
             yield self._finish({name: weight})
@@ -270,15 +326,16 @@ class _Run:
         ridge = self._settings.ridge
         if not self._settings.refit_router or ridge is None or self._windows[0] < _HOLD_OUT:
             return original
-        held = torch.arange(self._windows[0]) % _HOLD_OUT == _HOLD_OUT - 1
+        held = torch.arange(self._windows[0], device=x.device) % _HOLD_OUT == _HOLD_OUT - 1
         held = held.repeat_interleave(self._windows[1])
-        w = torch.from_numpy(np.array(original))
+        w = torch.from_numpy(np.array(original)).to(x.device)
         fit = ~held
         gap = F.linear(wanted[fit] - x[fit], w)
-        refitted = step_toward(w, x[fit].T @ x[fit], gap.T @ x[fit], ridge)
+        factor = ridge_factor(x[fit].T @ x[fit], ridge)
+        refitted = step_toward(w, factor, gap.T @ x[fit]).cpu().numpy()
 
         def agreement(gate: NDArray[np.float32]) -> float:
-            model = Model(self._model.geometry, lambda n: gate if n == name else self._read(n))
+            model = replace(self._model, read=lambda n: gate if n == name else self._read(n))
             sets = route(model, layer, x[held]).selected.sort(-1).values
             expected = route(self._reference, layer, wanted[held]).selected.sort(-1).values
             return float((sets == expected).all(-1).double().mean())

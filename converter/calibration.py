@@ -18,6 +18,7 @@ class Settings:
 
     Attributes:
         sweeps: of coordinate descent after GPTQ.
+        damping: of second moments.
         affinity: weigh an expert's tokens by the router's weight.
         ridge: for weights that all tokens read.
         residual_ridge: for those that write to the residual stream, which also make up for what
@@ -27,6 +28,7 @@ class Settings:
     """
 
     sweeps: int = gptq.SWEEPS
+    damping: float = gptq.DAMPING
     affinity: bool = True
     ridge: float | None = 0.1
     residual_ridge: float | None = 1.0
@@ -79,6 +81,18 @@ class Calibration:
     settings: Settings = Settings()
     experts: list[ExpertCoverage] = field(default_factory=list)
     routers: list[RouterStep] = field(default_factory=list)
+
+    def found(self) -> dict[str, Any]:
+        """What was found so far, for a state file."""
+        return {
+            "experts": [asdict(e) for e in self.experts],
+            "routers": [asdict(r) for r in self.routers],
+        }
+
+    def take_up(self, found: dict[str, Any]) -> None:
+        """Go on from what :meth:`found` gave."""
+        self.experts[:] = [ExpertCoverage(**e) for e in found["experts"]]
+        self.routers[:] = [RouterStep(**r) for r in found["routers"]]
 
     def to_json(self) -> dict[str, Any]:
         """For ``lfmq convert --json``."""

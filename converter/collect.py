@@ -29,7 +29,7 @@ from lfmq.converter.forward import (
     route,
 )
 from lfmq.converter.nearest import not_finite
-from lfmq.converter.passes import batches, single_threaded_torch
+from lfmq.converter.passes import batches, steady_torch
 from lfmq.converter.statefile import StateFile
 from lfmq.converter.statistics import LOSS_BITS, Sensitivity, Statistics, identity_of
 from lfmq.converter.tensors import expected_tensors
@@ -55,6 +55,7 @@ def collect(
     windows: Windows,
     *,
     threads: int = 2,
+    device: str = "cpu",
     state: StateFile | None = None,
     progress: Progress | None = None,
 ) -> tuple[Statistics, list[ExpertCoverage]]:
@@ -66,6 +67,7 @@ def collect(
         checkpoint: whose weights are read.
         windows: the calibration text.
         threads: batches and experts at a time.
+        device: where matrices are multiplied.
         state: where the pass is saved after each layer, and resumed from.
         progress: called with 1 and the number of layers after each layer.
 
@@ -73,9 +75,9 @@ def collect(
         CheckpointError: a tensor cannot be read.
         ValidationError: a hidden state is not finite, or a token is outside the vocabulary.
     """
-    with single_threaded_torch(), ThreadPoolExecutor(threads) as pool:
+    with steady_torch(), ThreadPoolExecutor(threads) as pool:
         try:
-            return _Pass(checkpoint, windows, pool, state).run(progress)
+            return _Pass(checkpoint, windows, pool, state, device).run(progress)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -90,6 +92,7 @@ class _Pass:
         windows: Windows,
         pool: ThreadPoolExecutor,
         state: StateFile | None,
+        device: str,
     ) -> None:
         self._checkpoint, self._windows, self._pool = checkpoint, windows, pool
         self._file = state
@@ -97,8 +100,8 @@ class _Pass:
         self._shared_names = {
             t.name for t in expected_tensors(self._geometry) if t.role in SHARED_ROLES
         }
-        self._model = Model(self._geometry, checkpoint.read)
-        self._rounded = Model(self._geometry, self._read_rounded)
+        self._model = Model(self._geometry, checkpoint.read, device=device)
+        self._rounded = Model(self._geometry, self._read_rounded, device=device)
         self._count = min(len(windows.ids), max(1, STREAM_TOKENS // windows.ids.shape[1]))
         self._inputs: Moments = {}
         self._losses: dict[str, tuple[float, ...]] = {}
@@ -147,8 +150,8 @@ class _Pass:
             self._streams = [embed(self._rounded, ids[: self._count])]
             return 0
         layer, facts, tensors = found
-        self._states = tensors.pop("states")
-        self._streams = list(tensors.pop("streams"))
+        self._states = tensors.pop("states").to(self._model.device)
+        self._streams = list(tensors.pop("streams").to(self._model.device))
         self._errors = {int(k): v for k, v in facts["errors"].items()}
         self._losses = {k: tuple(v) for k, v in facts["losses"].items()}
         self._coverage = [ExpertCoverage(**c) for c in facts["coverage"]]
@@ -162,7 +165,7 @@ class _Pass:
         if self._file is None:
             return
         tensors = {name: torch.from_numpy(m.sums) for name, m in self._inputs.items()}
-        tensors |= {"states": self._states, "streams": torch.stack(self._streams)}
+        tensors |= {"states": self._states.cpu(), "streams": torch.stack(self._streams).cpu()}
         facts = {
             "errors": self._errors,
             "losses": self._losses,
@@ -270,7 +273,7 @@ class _Pass:
     ) -> tuple[Moments, dict[str, tuple[float, ...]]]:
         """Moments and losses of one expert's weights."""
         gate, up, down = found.weights
-        w1, w3, w2 = (torch.from_numpy(np.array(self._checkpoint.read(n))) for n in found.weights)
+        w1, w3, w2 = (self._model.weight(n) for n in found.weights)
         x = inputs.x[found.token]
         affinity = affinity_of(inputs.routing, expert)
         inner = gated(x, w1, w3)
@@ -327,9 +330,9 @@ def moments_of(x: torch.Tensor, affinity: torch.Tensor | None = None) -> InputMo
     """Moments of the inputs [n, K], each token counting with its affinity [n]."""
     squares = x.double().square()
     if affinity is None:
-        return InputMoments(len(x), float(len(x)), squares.sum(0).numpy())
+        return InputMoments(len(x), float(len(x)), squares.sum(0).cpu().numpy())
     mass = affinity.double()
-    return InputMoments(len(x), float(mass.sum()), (mass @ squares).numpy())
+    return InputMoments(len(x), float(mass.sum()), (mass @ squares).cpu().numpy())
 
 
 def affinity_of(routing: Routing, expert: int) -> torch.Tensor:
@@ -343,8 +346,9 @@ def _add(into: Moments, name: str, found: InputMoments) -> None:
 
 
 def _rounded(w: torch.Tensor, narrow: Weight, seen: InputMoments, scheme: Scheme) -> torch.Tensor:
-    if scheme is _NARROW:
-        assert isinstance(narrow, Quantized)
-        return torch.from_numpy(dequantize(narrow))
-    importance = seen.mean.astype(np.float32) if seen.sums.any() else None
-    return torch.from_numpy(dequantize(rtn.quantize(w.numpy(), scheme, importance)))
+    weight = narrow
+    if scheme is _WIDE:
+        importance = seen.mean.astype(np.float32) if seen.sums.any() else None
+        weight = rtn.quantize(w.cpu().numpy(), scheme, importance)
+    assert isinstance(weight, Quantized)
+    return torch.from_numpy(dequantize(weight)).to(w.device)

@@ -1,7 +1,8 @@
 """One pass over a checkpoint: read a tensor, quantize it once, hand it to every writer."""
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+import json
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,17 +10,21 @@ from typing import Any
 from lfmq.converter.calibrated import calibrated_units
 from lfmq.converter.calibration import Calibration
 from lfmq.converter.checkpoint import Checkpoint
+from lfmq.converter.lock import lock_folder
 from lfmq.converter.manifest import write_manifest
-from lfmq.converter.nearest import nearest_units
+from lfmq.converter.nearest import NotFiniteError, Write, nearest_units
+from lfmq.converter.origin import check_unchanged, depends_on
 from lfmq.converter.plan import bits_per_weight, token_bytes
 from lfmq.converter.recipe import Recipe
+from lfmq.converter.statefile import StateFile
 from lfmq.converter.statistics import Statistics
 from lfmq.formats.build import BuildLayout, Format
 from lfmq.formats.writer import BuildWriter
-from lfmq.quant.errors import CheckpointError, PlanError, UnsupportedError
-from lfmq.quant.types import Plan, Weight
+from lfmq.quant.errors import CheckpointError, PlanError, UnsupportedError, ValidationError
+from lfmq.quant.types import Entry, Plan, Weight
 
 Progress = Callable[[int, int], None]
+Notice = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +116,14 @@ def convert(
     statistics: Statistics | None = None,
     force: bool = False,
     threads: int = 2,
+    device: str = "cpu",
     progress: Progress | None = None,
+    notice: Notice | None = None,
 ) -> tuple[Build, ...]:
     """Quantize every tensor once and write one build for each format, and their manifest.
+
+    A run that did not come to its end leaves what is written beside the final names; the next run
+    of the same goes on from there and ends with the same bytes.
 
     Args:
         checkpoint: what to convert.
@@ -125,55 +135,120 @@ def convert(
         statistics: without calibration, what an error in each column of a weight costs.
         force: replace builds that exist.
         threads: tensors quantized at the same time; the bytes do not depend on it.
+        device: where matrices are multiplied when calibrating.
         progress: called with weights done and weights in all.
+        notice: called with a line for the user: that a run goes on, or why it starts over.
 
     Raises:
         UnsupportedError: a format cannot hold the plan; nothing was written.
-        PlanError: the output exists or cannot be written.
-        CheckpointError: a tensor cannot be read, or holds NaN or Inf.
+        PlanError: the output exists, cannot be written or is being written by another run.
+        CheckpointError: a tensor cannot be read, or holds NaN or Inf, or a file changed.
     """
     layouts = plan_layouts(checkpoint, plan, formats)
     stem = f"{checkpoint.assets.name}-{plan.recipe}"
-    targets = {name: output / f"{stem}{formats[name].SUFFIX}" for name in formats}
-    for target in targets.values():
-        if target.exists() and not force:
-            raise PlanError(f"{target}: already exists; give --force to replace it")
+    used = statistics if calibration is None else None
+    depends = depends_on(checkpoint, recipe, plan, calibration, used, device)
     with ExitStack() as stack:
+        stack.enter_context(lock_folder(output))
         writers = [
-            stack.enter_context(BuildWriter(targets[name], layouts[name], force=force))
-            for name in formats
+            BuildWriter(
+                output / f"{stem}{formats[name].SUFFIX}",
+                layout,
+                force=force,
+                depends=depends,
+                threads=threads,
+            )
+            for name, layout in layouts.items()
         ]
-        weights = sum(e.size for e in plan.entries)
-
-        def write(weights: Mapping[str, Weight]) -> None:
-            for writer in writers:
-                writer.write(weights)
-
+        for writer in writers:  # all targets are free before anything is written
+            stack.enter_context(writer)
+        finished = _finished(writers, len(plan.units()), notice)
+        write = _write_to(writers)
+        state = StateFile(output / f"{stem}.resume", json.dumps(depends))
         if calibration is None:
-            importance = statistics.importance if statistics else None
-            units = nearest_units(checkpoint, plan, write, threads, importance)
+            importance = used.importance if used else None
+            units = nearest_units(checkpoint, plan, write, threads, importance, finished)
         else:
-            units = calibrated_units(checkpoint, plan, calibration, write, threads)
-        for unit in units:
+            units = calibrated_units(
+                checkpoint,
+                plan,
+                calibration,
+                write,
+                threads,
+                device=device,
+                state=state,
+                finished=finished,
+            )
+        try:
+            _run(units, sum(e.size for e in plan.entries), progress)
+        except (NotFiniteError, ValidationError):  # the next run cannot get past it either
+            for writer in writers:
+                writer.discard()
+            state.remove()
+            raise
+        check_unchanged(checkpoint, depends)
+        text_sha256 = calibration.windows.text_sha256 if calibration else None
+        manifest = output / f"{stem}.manifest.json"
+        _name(writers, manifest, checkpoint, plan, recipe, text_sha256)
+        state.remove()
+    return tuple(
+        Build(w.layout.format, w.target, nbytes, bits_per_weight(plan, nbytes))
+        for w, nbytes in ((w, w.layout.nbytes) for w in writers)
+    )
+
+
+def _write_to(writers: list[BuildWriter]) -> Write:
+    def write(weights: Mapping[str, Weight]) -> None:
+        for writer in writers:
+            writer.write(weights)
+
+    return write
+
+
+def _finished(writers: list[BuildWriter], units: int, notice: Notice | None) -> frozenset[str]:
+    """Units that are in every build since an earlier run; tells what became of that run."""
+    finished = frozenset.intersection(*(w.finished for w in writers))
+    lines = [f"starting over: {w.started_over}" for w in writers if w.started_over]
+    if finished:
+        lines.append(f"going on: {len(finished)} of {units} units are finished")
+    if damaged := max(w.rewritten for w in writers):
+        lines.append(f"{damaged} units of the last run did not reach the disk, writing them again")
+    for line in dict.fromkeys(lines):
+        if notice is not None:
+            notice(line)
+    return finished
+
+
+def _run(units: Iterator[tuple[Entry, ...]], weights: int, progress: Progress | None) -> None:
+    """Have every unit written; whatever stops it, no thread writes after."""
+
+    def each() -> Generator[tuple[Entry, ...]]:
+        yield from units
+
+    with closing(each()) as found:
+        for unit in found:
             if progress is not None:
                 progress(sum(e.size for e in unit), weights)
+
+
+def _name(
+    writers: list[BuildWriter],
+    manifest: Path,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    recipe: Recipe,
+    text_sha256: str | None,
+) -> None:
+    """Give builds and manifest their names; nothing gets one before everything is whole."""
+    for writer in writers:
+        writer.finish()
+    places = {w.layout.format: (w.target, w.part) for w in writers}
+    part = write_manifest(manifest, checkpoint, plan, recipe, places, text_sha256=text_sha256)
+    try:
         for writer in writers:
-            writer.finish()
-        manifest = output / f"{stem}.manifest.json"
-        places = {w.layout.format: (w.target, w.part) for w in writers}
-        part = write_manifest(
-            manifest,
-            checkpoint,
-            plan,
-            recipe,
-            places,
-            text_sha256=calibration.windows.text_sha256 if calibration else None,
-        )
-        stack.callback(part.unlink, missing_ok=True)
-        for writer in writers:  # nothing gets its name before everything is whole
             writer.commit()
         part.replace(manifest)
-    return tuple(
-        Build(name, targets[name], lay.nbytes, bits_per_weight(plan, lay.nbytes))
-        for name, lay in layouts.items()
-    )
+    except OSError as error:
+        raise PlanError(f"{manifest}: cannot be written ({error.strerror or error})") from error
+    finally:
+        part.unlink(missing_ok=True)

@@ -15,11 +15,13 @@ from lfmq.converter.calibration import QUOTA, ExpertCoverage, Settings
 from lfmq.converter.forward import ReadWeight, Routing
 from lfmq.quant import gptq, rtn
 from lfmq.quant.errors import ValidationError
-from lfmq.quant.ridge import step_toward
-from lfmq.quant.types import Quantized, Weight, dequantize
+from lfmq.quant.ridge import ridge_factor, step_toward
+from lfmq.quant.types import Quantized, Scheme, Weight, dequantize
 
 QuantizeWeight = Callable[[str, NDArray[np.float32], gptq.Moments], Weight]
 
+# Every eighth row of a weight is judged for the report.
+_JUDGED = 8
 # Every eighth token stands for the layer when moments are pooled through an expert.
 _POOL_STRIDE = 8
 
@@ -74,7 +76,9 @@ def quantize_expert(
     """Quantize gate and up for the expert's tokens, then down for what these make of them."""
     prefix = f"model.layers.{inputs.layer}.feed_forward.experts.{expert}."
     gate, up, down = (f"{prefix}{part}.weight" for part in ("w1", "w3", "w2"))
-    w1, w3, w2 = (torch.from_numpy(np.array(read(name))) for name in (gate, up, down))
+    w1, w3, w2 = (
+        torch.from_numpy(np.array(read(name))).to(inputs.x.device) for name in (gate, up, down)
+    )
     token, affinity = _routed_to(inputs.routing, expert)
     token_wanted, affinity_wanted = _routed_to(inputs.target, expert)
     fit = _Fit(inputs, expert, affinity, quantize)
@@ -134,6 +138,7 @@ class _Fit:
         quantize: QuantizeWeight,
     ) -> None:
         self._where = f"the inputs of layer {inputs.layer}, expert {expert}"
+        self._damping = inputs.settings.damping
         self._ridge = inputs.settings.expert_ridge
         self._tokens = len(affinity)
         self._quota = QUOTA * inputs.x.shape[1]
@@ -150,31 +155,38 @@ class _Fit:
         self, seen: torch.Tensor, ideal: torch.Tensor, pooled: Callable[[], torch.Tensor]
     ) -> None:
         """Moments of the inputs [n, K] to come; ``pooled`` gives the layer's [K, K]."""
-        self._seen, self._lack = seen, ideal - seen
-        self._h = seen.T @ (seen * self._affinity[:, None])
+        weighted = seen * self._affinity[:, None]
+        h = seen.T @ weighted
         missing = max(0.0, 1 - self._tokens / self._quota)
         if missing:
-            self._h += (missing * self._quota * self._mean) * pooled()
-        check_moments(self._h, self._where)
-        self._moments = gptq.factorize(self._h)
+            h += (missing * self._quota * self._mean) * pooled()
+        check_moments(h, self._where)
+        self._moments = gptq.factorize(h, self._damping)
+        if self._ridge is not None:
+            self._factor = ridge_factor(h, self._ridge)
+            self._lack = (ideal - seen).T @ weighted
 
     def quantize(self, name: str, w: torch.Tensor) -> torch.Tensor:
         """The quantized weight's values [N, K]."""
-        stepped = w.numpy()
+        stepped = w
         if self._ridge is not None:
-            gap = F.linear(self._lack, w) * self._affinity[:, None]
-            stepped = step_toward(w, self._h, gap.T @ self._seen, self._ridge)
-        weight = self._quantize(name, stepped, self._moments)
+            stepped = step_toward(w, self._factor, w @ self._lack)
+        weight = self._quantize(name, stepped.cpu().numpy(), self._moments)
         self.weights[name] = weight
         if not isinstance(weight, Quantized):
-            return torch.from_numpy(weight)
-        values = torch.from_numpy(dequantize(weight))
-        nearest = torch.from_numpy(dequantize(rtn.quantize(w.numpy(), weight.scheme)))
-        total = _loss(w, self._h)
-        if total > 0:
-            self._ours.append(_loss(values - w, self._h) / total)
-            self._nearest.append(_loss(nearest - w, self._h) / total)
+            return torch.from_numpy(weight).to(w.device)
+        values = torch.from_numpy(dequantize(weight)).to(w.device)
+        self._judge(w[::_JUDGED], values[::_JUDGED], weight.scheme)
         return values
+
+    def _judge(self, w: torch.Tensor, values: torch.Tensor, scheme: Scheme) -> None:
+        """Note the relative output error of some rows, and what rounding to nearest makes."""
+        h = self._moments.damped
+        total = _loss(w, h)
+        if total > 0:
+            nearest = torch.from_numpy(dequantize(rtn.quantize(w.cpu().numpy(), scheme)))
+            self._ours.append(_loss(values - w, h) / total)
+            self._nearest.append(_loss(nearest.to(w.device) - w, h) / total)
 
     def coverage(self, layer: int, expert: int) -> ExpertCoverage:
         """Tokens, rule, and mean relative errors of the three weights."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
@@ -11,10 +12,10 @@ from typing import Any
 
 from lfmq.converter.checkpoint import INDEX, Checkpoint
 from lfmq.converter.recipe import Recipe
-from lfmq.quant.errors import PlanError, ValidationError
+from lfmq.quant.errors import CheckpointError, PlanError, ValidationError
 from lfmq.quant.types import Entry, Plan, Scheme
 
-_LIBRARIES = ("gguf", "numba", "numpy", "onnx", "torch")
+LIBRARIES = ("gguf", "numba", "numpy", "onnx", "torch")
 
 
 def write_manifest(
@@ -43,31 +44,48 @@ def write_manifest(
         Where it is now.
 
     Raises:
-        PlanError: it cannot be written.
+        CheckpointError: an input cannot be read.
+        PlanError: a build cannot be read, or the manifest not written.
     """
-    folder = checkpoint.folder
-    inputs = [*checkpoint.weight_files, folder / "config.json"]
-    inputs += [folder / name for name in (*sorted(checkpoint.assets.files), INDEX)]
     document: dict[str, Any] = {
         "lfmq": version("lfmq"),
-        "versions": {name: version(name) for name in _LIBRARIES},
+        "versions": {name: version(name) for name in LIBRARIES},
         "checkpoint": checkpoint.assets.name,
-        "inputs": {p.name: _fingerprint(p) for p in inputs if p.is_file()},
+        "inputs": _hash_inputs(checkpoint),
         "recipe": {"name": recipe.name, "text": recipe.text},
         "text_sha256": text_sha256,
         "plan": {e.name: _storage(e) for e in plan.entries},
     }
     kept = _kept_builds(path, document)
-    made = {name: _build(target.name, now) for name, (target, now) in builds.items()}
-    document["builds"] = dict(sorted((kept | made).items()))
     part = path.with_name(path.name + ".part")
     try:
-        part.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        made = {name: _build(target.name, now) for name, (target, now) in builds.items()}
+        document["builds"] = dict(sorted((kept | made).items()))
+        with part.open("wb") as file:
+            file.write((json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
         with suppress(OSError):
             part.unlink()
         raise PlanError(f"{path}: cannot be written ({error.strerror})") from error
     return part
+
+
+def input_files(checkpoint: Checkpoint) -> list[Path]:
+    """Every file of the checkpoint's folder that a build depends on."""
+    folder = checkpoint.folder
+    inputs = [*checkpoint.weight_files, folder / "config.json"]
+    inputs += [folder / name for name in (*sorted(checkpoint.assets.files), INDEX)]
+    return [path for path in inputs if path.is_file()]
+
+
+def _hash_inputs(checkpoint: Checkpoint) -> dict[str, Any]:
+    try:
+        return {path.name: _fingerprint(path) for path in input_files(checkpoint)}
+    except OSError as error:
+        where = error.filename or checkpoint.folder
+        raise CheckpointError(f"{where}: cannot be read ({error.strerror or error})") from error
 
 
 def _kept_builds(path: Path, document: dict[str, Any]) -> dict[str, Any]:

@@ -24,16 +24,22 @@ _LARGEST: dict[FloatType, float] = {
 }
 
 
+class NotFiniteError(CheckpointError):
+    """Weights that no run can convert, the next one as little as this one."""
+
+
 def nearest_units(
     checkpoint: Checkpoint,
     plan: Plan,
     write: Write,
     threads: int,
     importance: Importance | None = None,
+    finished: frozenset[str] = frozenset(),
 ) -> Iterator[tuple[Entry, ...]]:
     """Quantize and write the plan's units on a pool, yielding each when it is done.
 
-    At most two wait for each thread, which bounds memory. The codes depend on no other unit.
+    At most two wait for each thread, which bounds memory. The codes depend on no other unit: those
+    whose first tensor is in ``finished`` are not even read.
 
     Raises:
         CheckpointError: a tensor cannot be read, or holds NaN or Inf.
@@ -42,6 +48,9 @@ def nearest_units(
     with ThreadPoolExecutor(threads) as pool:
         try:
             for unit in plan.units():
+                if unit[0].name in finished:
+                    yield unit
+                    continue
                 if len(waiting) >= 2 * threads:
                     done, _ = wait(waiting, return_when=FIRST_COMPLETED)
                     yield from _finish(waiting, done)
@@ -91,10 +100,10 @@ def quantize_entry(
         raise not_finite(checkpoint, entry.name, "float16") from error
 
 
-def not_finite(checkpoint: Checkpoint, name: str, dtype: str) -> CheckpointError:
+def not_finite(checkpoint: Checkpoint, name: str, dtype: str) -> NotFiniteError:
     """The error for a tensor with a value that its storage cannot hold."""
     path = checkpoint.stored[name].path
-    return CheckpointError(
+    return NotFiniteError(
         f"{path}: {name} holds a NaN, an Inf or a value beyond {dtype}; "
         "the checkpoint is damaged, fetch it again"
     )

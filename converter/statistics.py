@@ -20,10 +20,11 @@ from safetensors.numpy import save_file
 from lfmq.converter.calibration import QUOTA
 from lfmq.converter.tensors import Tensor, expected_tensors
 from lfmq.quant.errors import PlanError, ValidationError
-from lfmq.quant.gptq import DAMPING
 from lfmq.quant.types import EXPERT_ROLES, Entry, Geometry, InputMoments, Role
 
 VERSION = 1
+# Share of the mean importance that every column has at least.
+_FLOOR = 0.01
 # Widths whose loss is measured for every weight of an expert.
 LOSS_BITS = (4, 8)
 
@@ -126,7 +127,7 @@ class Statistics:
         if not sums.any():
             return np.ones(len(sums), np.float32)
         mean = sums / mass
-        damped: NDArray[np.float32] = (mean + DAMPING * mean.mean()).astype(np.float32)
+        damped: NDArray[np.float32] = (mean + _FLOOR * mean.mean()).astype(np.float32)
         return damped
 
     def _pooled(self, tensor: Entry, found: InputMoments) -> NDArray[np.float64]:

@@ -94,7 +94,11 @@ def _check_entry(entry: Entry) -> None:
     if scheme is None:
         return
     if scheme.grid != "symmetric":
-        raise UnsupportedError(f"{entry.name}: gguf cannot hold the grid {scheme.grid!r}")
+        other = {"affine": "mlx", "asymmetric": "onnx"}.get(scheme.grid, "another format")
+        raise UnsupportedError(
+            f"{entry.name}: GGUF's Q4_0 and Q8_0 blocks have a scale and no offset, the plan asks "
+            f'for the grid {scheme.grid!r}; set grid = "symmetric", or use {other}'
+        )
     if scheme.group != BLOCK:
         raise UnsupportedError(
             f"{entry.name}: GGUF blocks hold {BLOCK} weights, the plan asks for groups of "

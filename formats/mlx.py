@@ -1,8 +1,9 @@
 """MLX for mlx-lm: a folder of safetensors with a quantized ``lfm2_moe``.
 
 A quantized module is three tensors: ``weight`` (uint32, codes as a little-endian bit stream along
-the row), ``scales`` and ``biases`` (float16), with ``w = scale * code + bias``. The symmetric grid
-is ``bias = -2 ** (bits - 1) * scale``, exact in float16. docs/mlx.md lists files and names.
+the row), ``scales`` and ``biases`` (float16), with ``w = scale * code + bias``. That is the affine
+grid; the symmetric one is ``bias = -2 ** (bits - 1) * scale``, exact in float16. docs/mlx.md lists
+files and names.
 """
 
 from collections import Counter
@@ -34,6 +35,7 @@ from lfmq.quant.types import FLOAT_ROLES, Entry, Plan, Quantized, Role, Scheme
 NAME = "mlx"
 SUFFIX = "-mlx"
 WIDTHS: WidthUnit = "stack"
+GRIDS = ("symmetric", "affine")
 BITS = (4, 8)
 GROUPS = (32, 64, 128)
 
@@ -88,9 +90,10 @@ def _check_entry(entry: Entry) -> None:
         return
     if entry.role in FLOAT_ROLES:
         raise UnsupportedError(f"{entry.name}: {scheme} asked for, mlx keeps it as floats")
-    if scheme.grid != "symmetric":
+    if scheme.grid not in GRIDS:
         raise UnsupportedError(
-            f"{entry.name}: mlx holds the symmetric grid, the plan asks for {scheme.grid!r}"
+            f"{entry.name}: mlx holds the symmetric and the affine grid, the plan asks for "
+            f'{scheme.grid!r}; set grid = "affine", or use onnx'
         )
     if scheme.bits not in BITS:
         raise UnsupportedError(
@@ -237,7 +240,9 @@ def _pack_scales(entry: Entry, q: Quantized) -> Bytes:
 
 
 def _pack_biases(entry: Entry, q: Quantized) -> Bytes:
-    """-2 ** (bits - 1) times the scale; a power of two, so exact unless it overflows."""
+    """The affine offset; symmetric: -2 ** (bits - 1) scales, exact unless that overflows."""
+    if q.offset is not None:
+        return as_bytes(q.offset)
     largest = float(np.abs(q.scale).max(initial=0))
     if largest * q.scheme.zero_point > _LARGEST:
         raise UnsupportedError(

@@ -93,7 +93,7 @@ class MlxReader:
     def _dequantize(
         self, path: str, expert: int | None, shape: tuple[int, ...]
     ) -> NDArray[np.float32]:
-        """``scale * code + bias`` in float32, which is exact for the symmetric grid."""
+        """``scale * code + bias`` in float32; the product is exact, so is a symmetric sum."""
         *rows, columns = shape
         grid = self._grid(path, columns)
         words = (*rows, columns * grid.bits // 32)

@@ -31,6 +31,7 @@ from lfmq.quant.types import FLOAT_ROLES, Entry, Plan
 NAME = "onnx"
 SUFFIX = "-onnx"
 WIDTHS: WidthUnit = "expert"
+GRIDS = ("symmetric", "asymmetric")
 BITS = (4, 8)
 GROUPS = (32, 64, 128)
 # a page: what runtimes map at a time (onnx.proto, external_data); smaller tensors share pages
@@ -83,9 +84,10 @@ def _check_entry(entry: Entry) -> None:
         return
     if entry.role in FLOAT_ROLES:
         raise UnsupportedError(f"{entry.name}: {scheme} asked for, onnx keeps it as floats")
-    if scheme.grid != "symmetric":
+    if scheme.grid not in GRIDS:
         raise UnsupportedError(
-            f"{entry.name}: onnx holds the symmetric grid, the plan asks for {scheme.grid!r}"
+            f"{entry.name}: onnx holds the symmetric and the asymmetric grid, the plan asks for "
+            f'{scheme.grid!r}; set grid = "asymmetric", or use mlx'
         )
     if scheme.bits not in BITS:
         raise UnsupportedError(

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from lfmq.formats.build import Bytes
 from lfmq.formats.onnx_tensors import (
     DataTensor,
     Part,
@@ -19,7 +20,9 @@ from lfmq.formats.onnx_tensors import (
     pack_codes,
     pack_float,
     pack_scale,
+    pack_zero,
     rotary_tables,
+    zero_nbytes,
 )
 from lfmq.quant.types import Entry, Plan, Scheme, Storage
 
@@ -151,23 +154,35 @@ class GraphBuilder:
             return self._op("MatMul", f"/{module}", x, self._float(entry.name, transposed=True))
         n, k = entry.shape
         s = entry.scheme
-        codes, scale = f"{entry.name}.codes", f"{entry.name}.scale"
         blocks = (n, k // s.group, s.group * s.bits // 8)
-        source = (entry.name,)
-        self.tensors += [
-            DataTensor(codes, np.uint8, blocks, (Part(source, pack_codes),)),
-            DataTensor(scale, np.float32, blocks[:2], (Part(source, pack_scale),)),
-        ]
-        return self._matmul_nbits(f"/{module}", x, codes, scale, entry)
+        quantized = self._quantized(entry.name, s, blocks, blocks[:2], ((entry.name,),))
+        return self._matmul_nbits(f"/{module}", x, quantized, entry)
 
-    def _matmul_nbits(self, name: str, x: str, codes: str, scale: str, entry: Entry) -> str:
+    def _matmul_nbits(self, name: str, x: str, quantized: list[str], entry: Entry) -> str:
         n, k = entry.shape
         scheme = entry.scheme
         assert scheme is not None
         return self._op(
-            "MatMulNBits", name, x, codes, scale,
+            "MatMulNBits", name, x, *quantized,
             K=k, N=n, bits=scheme.bits, block_size=scheme.group, accuracy_level=0,
         )  # fmt: skip
+
+    def _quantized(
+        self, name: str, scheme: Scheme, codes: tuple[int, ...], groups: tuple[int, ...],
+        sources: tuple[tuple[str, ...], ...],
+    ) -> list[str]:  # fmt: skip
+        """Codes, scales and, where the grid has them, zero points; a part for each source."""
+        parts: list[tuple[str, type[np.generic], tuple[int, ...], Callable[..., Bytes]]] = [
+            ("codes", np.uint8, codes, pack_codes),
+            ("scale", np.float32, groups, pack_scale),
+        ]
+        if scheme.grid == "asymmetric":
+            packed = (*groups[:-1], zero_nbytes(groups[-1], scheme.bits))
+            parts.append(("zero", np.uint8, packed, pack_zero))
+        for part, dtype, shape, pack in parts:
+            runs = tuple(Part(s, pack) for s in sources)
+            self.tensors.append(DataTensor(f"{name}.{part}", dtype, shape, runs))
+        return [f"{name}.{part}" for part, *_ in parts]
 
     # The model
 
@@ -195,14 +210,11 @@ class GraphBuilder:
         if s is None:
             return self._op("Gather", name, self._float(entry.name), ids)
         n, k = entry.shape
-        codes, scale = f"{entry.name}.codes", f"{entry.name}.scale"
-        source = (entry.name,)
-        self.tensors += [
-            DataTensor(codes, np.uint8, (n, k * s.bits // 8), (Part(source, pack_codes),)),
-            DataTensor(scale, np.float32, (n, k // s.group), (Part(source, pack_scale),)),
-        ]
+        packed, groups = (n, k * s.bits // 8), (n, k // s.group)
+        codes, *grid = self._quantized(entry.name, s, packed, groups, ((entry.name,),))
+        self._tied = grid
         return self._op(
-            "GatherBlockQuantized", name, codes, ids, scale,
+            "GatherBlockQuantized", name, codes, ids, *grid,
             bits=s.bits, block_size=s.group, gather_axis=0, quantize_axis=1,
         )  # fmt: skip
 
@@ -221,8 +233,7 @@ class GraphBuilder:
             codes = f"{entry.name}.codes"
             tied = DataTensor("lm_head.weight.codes", np.uint8, blocks, alias=codes)
             self.tensors.append(tied)
-            scale = f"{entry.name}.scale"
-            logits = self._matmul_nbits("/lm_head", x, tied.name, scale, entry)
+            logits = self._matmul_nbits("/lm_head", x, [tied.name, *self._tied], entry)
         name = self._output("logits", ["batch_size", "sequence_length", entry.shape[0]])
         self._ops("Identity", "/logits", [logits], [name])
 
@@ -353,7 +364,8 @@ class GraphBuilder:
         }
         if isinstance(storage, Scheme):
             attributes |= {"expert_weight_bits": storage.bits, "block_size": storage.group}
-            inputs = [tokens, columns, *gate_up, "", *down, *[""] * 7, columns]
+            zeros = [*gate_up[2:], *down[2:]] or ["", ""]
+            inputs = [tokens, columns, *gate_up[:2], "", *down[:2], *[""] * 4, *zeros, "", columns]
             return self._ops("QMoE", name, inputs, [f"{name}/output"], **attributes)[0]
         # MoE has no routing weights input but a softmax: softmax(log w) * sum(w) is w
         log = self._op("Log", f"{name}/log", columns)
@@ -377,11 +389,5 @@ class GraphBuilder:
             parts = tuple(Part(s, partial(pack_float, dtype=dtype)) for s in sources)
             self.tensors.append(DataTensor(name, dtype, (count, n, k), parts))
             return [self._cast(name, storage)]
-        codes = tuple(Part(s, pack_codes) for s in sources)
-        scales = tuple(Part(s, pack_scale) for s in sources)
         packed, groups = (count, n, k * storage.bits // 8), (count, n, k // storage.group)
-        self.tensors += [
-            DataTensor(f"{name}.codes", np.uint8, packed, codes),
-            DataTensor(f"{name}.scale", np.float32, groups, scales),
-        ]
-        return [f"{name}.codes", f"{name}.scale"]
+        return self._quantized(name, storage, packed, groups, tuple(sources))

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from lfmq.formats.hf_config import parse_geometry, read_config
 from lfmq.formats.onnx_tensors import unpack
 from lfmq.quant.errors import CheckpointError, ValidationError
-from lfmq.quant.types import Geometry, Scheme
+from lfmq.quant.types import Geometry, Grid, Scheme
 
 MODEL_FILE = "model.onnx"
 # transformers.js finds the data file by this name, other runtimes by the graph's own reference
@@ -67,7 +67,9 @@ class OnnxReader:
         facts = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         for index in _QUANTIZED_INPUTS.get(node.op_type, ()):
             bits = facts["expert_weight_bits" if node.op_type == "QMoE" else "bits"]
-            self._schemes[node.input[index]] = Scheme(bits, facts["block_size"])
+            codes = node.input[index]
+            grid: Grid = "asymmetric" if _zero_name(codes) in node.input else "symmetric"
+            self._schemes[codes] = Scheme(bits, facts["block_size"], grid)
         if node.op_type in ("QMoE", "MoE"):
             wide, narrow = (2, 5) if node.op_type == "QMoE" else (2, 4)
             self._note_experts(node.input[wide], node.input[narrow])
@@ -126,11 +128,14 @@ class OnnxReader:
         return values[0 if projection == "w1" else 1 :: 2].copy()
 
     def _dequantize(self, name: str, row: int | None = None) -> NDArray[np.float32]:
-        codes = self._array(name)
-        scale = self._array(f"{name.removesuffix('.codes')}.scale")
-        if row is not None:
-            codes, scale = codes[row], scale[row]
-        return unpack(codes, scale, self._schemes[name])
+        scheme = self._schemes[name]
+        names = [name, f"{name.removesuffix('.codes')}.scale"]
+        if scheme.grid == "asymmetric":
+            names.append(_zero_name(name))
+        codes, scale, *zero = (
+            self._array(n) if row is None else self._array(n)[row] for n in names
+        )
+        return unpack(codes, scale, scheme, *zero)
 
     def _array(self, name: str) -> NDArray[Any]:
         """A tensor of the data file, as a view."""
@@ -140,6 +145,11 @@ class OnnxReader:
         offset, length = _place(tensor)
         dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
         return self._data[offset : offset + length].view(dtype).reshape(tuple(tensor.dims))
+
+
+def _zero_name(codes: str) -> str:
+    """The tensor of zero points beside one of codes."""
+    return f"{codes.removesuffix('.codes')}.zero"
 
 
 def open_reader(path: Path) -> OnnxReader:

@@ -1,7 +1,8 @@
 """Tensors of an ONNX build's data file and the pure functions that pack and unpack them.
 
 Layouts: MatMulNBits, GatherBlockQuantized and QMoE in ONNX Runtime's ``docs/ContribOperators.md``:
-codes along the row with the low bits first, one float32 scale a group, zero point 2^(bits-1).
+codes along the row with the low bits first, one float32 scale a group, zero point 2^(bits-1), or
+on the asymmetric grid one a group, packed along the row as codes are.
 """
 
 import math
@@ -66,10 +67,19 @@ def float_dtype(entry: Entry) -> type[np.float32] | type[np.float16]:
 
 def pack_codes(*weights: Quantized) -> Bytes:
     """Codes of one weight, or of two with their rows taking turns; 4-bit: even element low."""
-    codes = _interleave([w.codes for w in weights])
-    if weights[0].scheme.bits == 4:
-        codes = codes[:, 0::2] | (codes[:, 1::2] << 4)
-    return as_bytes(codes)
+    return _pack_bits(_interleave([w.codes for w in weights]), weights[0].scheme.bits)
+
+
+def pack_zero(*weights: Quantized) -> Bytes:
+    """Zero points of the asymmetric grid; of an odd number in 4 bits the last shares with 0."""
+    zero = _interleave([np.asarray(w.offset, np.uint8) for w in weights])
+    bits = weights[0].scheme.bits
+    return _pack_bits(np.pad(zero, ((0, 0), (0, -zero.shape[1] % (8 // bits)))), bits)
+
+
+def zero_nbytes(groups: int, bits: int) -> int:
+    """Bytes that the zero points of one row take."""
+    return -(-groups * bits // 8)
 
 
 def pack_scale(*weights: Quantized) -> Bytes:
@@ -85,6 +95,19 @@ def pack_float(
     return as_bytes((values.T if transposed else values).astype(dtype))
 
 
+def _pack_bits(values: NDArray[np.uint8], bits: int) -> Bytes:
+    """Rows of 4-bit or 8-bit values, the first in the low bits."""
+    if bits == 4:
+        values = np.bitwise_or(values[:, 0::2], np.left_shift(values[:, 1::2], np.uint8(4)))
+    return as_bytes(values)
+
+
+def _unpack_bits(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    if bits == 4:
+        packed = np.stack((packed & 15, packed >> 4), axis=-1).reshape(packed.shape[0], -1)
+    return packed
+
+
 def _interleave(rows: list[NDArray[Any]]) -> NDArray[Any]:
     """Row 0 of each, then row 1 of each, and so on."""
     if len(rows) == 1:
@@ -93,14 +116,19 @@ def _interleave(rows: list[NDArray[Any]]) -> NDArray[Any]:
 
 
 def unpack(
-    packed: NDArray[np.uint8], scale: NDArray[np.float32], scheme: Scheme
+    packed: NDArray[np.uint8],
+    scale: NDArray[np.float32],
+    scheme: Scheme,
+    zero: NDArray[np.uint8] | None = None,
 ) -> NDArray[np.float32]:
-    """Weights [N, K] from the rows :func:`pack_codes` and :func:`pack_scale` made."""
-    rows = packed.reshape(packed.shape[0], -1)
-    if scheme.bits == 4:
-        rows = np.stack((rows & 15, rows >> 4), axis=-1).reshape(rows.shape[0], -1)
+    """Weights [N, K] from what :func:`pack_codes`, :func:`pack_scale` and the like made."""
+    rows = _unpack_bits(packed.reshape(packed.shape[0], -1), scheme.bits)
     groups = rows.reshape(*scale.shape, scheme.group).astype(np.float32)
-    values: NDArray[np.float32] = (groups - np.float32(scheme.zero_point)) * scale[..., None]
+    if zero is None:
+        groups -= np.float32(scheme.zero_point)
+    else:
+        groups -= _unpack_bits(zero, scheme.bits)[:, : scale.shape[1], None]
+    values: NDArray[np.float32] = groups * scale[..., None]
     return values.reshape(rows.shape)
 
 

@@ -2,11 +2,17 @@
 
 from pathlib import Path
 
-from lfmq.formats import gguf, mlx, onnx
+from lfmq.formats import compressed_tensors, gguf, mlx, onnx
 from lfmq.formats.build import Format
-from lfmq.quant.errors import ValidationError
+from lfmq.formats.hf_config import read_config
+from lfmq.quant.errors import CheckpointError, ValidationError
 
-FORMATS: dict[str, Format] = {"gguf": gguf, "mlx": mlx, "onnx": onnx}
+FORMATS: dict[str, Format] = {
+    "gguf": gguf,
+    "mlx": mlx,
+    "onnx": onnx,
+    "compressed-tensors": compressed_tensors,
+}
 
 
 def detect_format(path: Path) -> str:
@@ -22,8 +28,19 @@ def detect_format(path: Path) -> str:
     if (path / "model.onnx").is_file():
         return "onnx"
     if (path / "config.json").is_file() and any(path.glob("model*.safetensors")):
-        return "mlx"
-    raise ValidationError(f"{path}: not a build; expected a .gguf file or an MLX or ONNX folder")
+        return compressed_tensors.NAME if _is_compressed_tensors(path) else "mlx"
+    raise ValidationError(
+        f"{path}: not a build; expected a .gguf file or an MLX, ONNX or compressed-tensors folder"
+    )
+
+
+def _is_compressed_tensors(folder: Path) -> bool:
+    """Whether a folder of safetensors says so in its config."""
+    try:
+        block = read_config(folder).get("quantization_config")
+    except CheckpointError:
+        return False
+    return isinstance(block, dict) and block.get("quant_method") == compressed_tensors.NAME
 
 
 def build_nbytes(path: Path) -> int:

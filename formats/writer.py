@@ -1,76 +1,175 @@
 """Fills a build layout in: any piece in any order, under a temporary name until it is whole."""
 
 import errno
+import hashlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from threading import Lock
 from types import TracebackType
 from typing import Self
 
 from lfmq.formats.build import BuildLayout, FileLayout, Piece
+from lfmq.formats.journal import Journal, Past, digest
 from lfmq.quant.errors import PlanError
 from lfmq.quant.types import Weight
+
+_CHUNK = 2**24  # bytes read at a time to be hashed
+_OPEN_FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
 
 
 class BuildWriter:
     """Writes one build beside its final name and renames it when every piece is there.
 
-    The space is reserved before the first weight is read, so a full disk is found out at once.
-    Used as a context manager it removes what it wrote when the body raises.
+    A context manager. Entering it reserves the space, so a full disk is found out before the first
+    weight is read, or takes up what an earlier run left under the temporary name: units whose
+    bytes are there are ``finished``, writing them again does nothing. After an error what is
+    written stays for the next run, unless there is none of it yet.
+
+    Attributes:
+        target: the final name.
+        part: the temporary name.
+        finished: names of the first tensors of units an earlier run finished.
+        started_over: why what an earlier run left was of no use; empty without such.
+        rewritten: units an earlier run finished whose bytes are not there.
 
     Raises:
         PlanError: the target exists and ``force`` is not set, or cannot be written.
     """
 
-    def __init__(self, target: Path, layout: BuildLayout, *, force: bool = False) -> None:
+    def __init__(
+        self,
+        target: Path,
+        layout: BuildLayout,
+        *,
+        force: bool = False,
+        depends: Mapping[str, str] | None = None,
+        threads: int = 1,
+    ) -> None:
         self.target = target
         self.layout = layout
         self.part = target.with_name(target.name + ".part")
-        if target.exists() and not force:
-            raise PlanError(f"{target}: already exists; give --force to replace it")
+        self.finished: frozenset[str] = frozenset()
+        self.started_over = ""
+        self.rewritten = 0
+        self._journal = Journal(target.with_name(target.name + ".part.journal"))
+        self._depends = {**(depends or {}), "the layout of the build": digest(layout)}
+        self._threads = threads
         self._files: dict[str, int] = {}
         self._by_source: dict[str, list[tuple[str, Piece]]] = {}
-        self._pending = 0
-        self._lock = Lock()
+        self._kept = self._committed = False
         for file in layout.files:
             for piece in file.pieces:
                 self._by_source.setdefault(piece.sources[0], []).append((file.path, piece))
-                self._pending += 1
+        self._pending = set(self._by_source)
         try:
-            self._create()
+            self._past = self._journal.read(self._depends)
         except OSError as error:
-            self.abort()
             raise self._explain(error) from error
+        if target.exists() and not force and not self._named_early():
+            raise PlanError(f"{target}: already exists; give --force to replace it")
+
+    def _named_early(self) -> bool:
+        """The build has its name, but the run that wrote it was killed before its end."""
+        if self._past is None or self._past.whole is None or os.path.lexists(self.part):
+            return False
+        return self.target.exists() and self.target.lstat().st_ino == self._past.whole
 
     def _explain(self, error: OSError) -> PlanError:
         if error.errno == errno.ENOSPC:
-            need = self.layout.nbytes
-            return PlanError(
-                f"{self.target}: no space left on the device; the build needs {need:,} bytes"
-            )
-        return PlanError(f"{self.target}: cannot be written ({error.strerror or error})")
+            reason = f"no space left on the device; the build needs {self.layout.nbytes:,} bytes"
+        else:
+            reason = f"cannot be written ({error.strerror or error})"
+        if self._kept:
+            reason += "; the next run goes on with what is written"
+        return PlanError(f"{self.target}: {reason}")
+
+    # ---- opening
+
+    def __enter__(self) -> Self:
+        try:
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+            if self._named_early():
+                self._kept = True
+                self.target.rename(self.part)
+            if self._past is not None and not self._past.changed and self._is_there():
+                self._kept = True
+                self._reopen(self._past)
+            else:
+                self._create()
+        except OSError as error:
+            self._leave()
+            raise self._explain(error) from error
+        except BaseException:
+            self._leave()
+            raise
+        return self
+
+    def _is_there(self) -> bool:
+        one = self.layout.single_file
+        return not self.part.is_symlink() and (self.part.is_file() if one else self.part.is_dir())
 
     def _create(self) -> None:
-        self.target.parent.mkdir(parents=True, exist_ok=True)
+        if self._past is not None:
+            self.started_over = self._past.changed or f"{self.part.name} is gone"
+        self._kept = False
+        self._journal.remove()  # first: it must never speak of another part
         _remove(self.part)
         if not self.layout.single_file:
             self.part.mkdir()
         for file in self.layout.files:
-            path = self.part / file.path if file.path else self.part
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-            self._files[file.path] = descriptor
-            self._reserve(descriptor, file)
+            self._open_file(file, os.O_EXCL)
+        self._journal.create(self._depends)
 
-    @staticmethod
-    def _reserve(descriptor: int, file: FileLayout) -> None:
+    def _open_file(self, file: FileLayout, flags: int = 0) -> int:
+        """Open or create a file with its space reserved and everything but the pieces in it."""
+        path = self.part / file.path if file.path else self.part
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, _OPEN_FLAGS | flags, 0o644)
+        self._files[file.path] = descriptor
+        if os.fstat(descriptor).st_size > file.size:
+            os.ftruncate(descriptor, file.size)
         if file.size:
             _allocate(descriptor, file.size)
         for offset, content in file.constants:
             _write_all(descriptor, memoryview(content), offset)
+        return descriptor
+
+    def _reopen(self, past: Past) -> None:
+        """Take up what an earlier run left: nothing counts that its hash does not prove."""
+        known = {self.part / file.path for file in self.layout.files}
+        for path in [] if self.layout.single_file else sorted(self.part.rglob("*")):
+            if path.is_symlink() or (path.is_file() and path not in known):
+                path.unlink()
+        for file in self.layout.files:
+            descriptor = self._open_file(file)
+            for start, end in _gaps(file):
+                _write_all(descriptor, memoryview(bytes(end - start)), start)
+        with ThreadPoolExecutor(self._threads) as pool:
+            intact = list(pool.map(self._is_intact, past.units, past.units.values()))
+        found = [names for names, good in zip(past.units, intact, strict=True) if good]
+        self.finished = frozenset(names[0] for names in found)
+        self.rewritten = len(past.units) - len(found)
+        self._pending.difference_update(*found)
+        self._kept = bool(found)
+        self._journal.go_on(past)
+
+    def _is_intact(self, names: tuple[str, ...], sha256: str) -> bool:
+        found = hashlib.sha256()
+        for name in names:
+            for path, piece in self._by_source.get(name, ()):
+                at, end = piece.offset, piece.offset + piece.nbytes
+                while at < end:
+                    content = os.pread(self._files[path], min(_CHUNK, end - at), at)
+                    if not content:
+                        return False
+                    found.update(content)
+                    at += len(content)
+        return found.hexdigest() == sha256
+
+    # ---- filling in
 
     def write(self, weights: Mapping[str, Weight]) -> None:
         """Pack and write every piece made of these tensors (one unit of the plan).
@@ -78,8 +177,12 @@ class BuildWriter:
         Raises:
             PlanError: the file system refused.
         """
+        names = tuple(weights)
+        if names[0] in self.finished:
+            return
         try:
-            for name in weights:
+            found = hashlib.sha256()
+            for name in names:
                 for path, piece in self._by_source.get(name, ()):
                     content = piece.pack(*(weights[source] for source in piece.sources))
                     if content.nbytes != piece.nbytes:
@@ -88,10 +191,14 @@ class BuildWriter:
                             f"{piece.nbytes} ({', '.join(piece.sources)})"
                         )
                     _write_all(self._files[path], content.data, piece.offset)
-                    with self._lock:
-                        self._pending -= 1
+                    found.update(content.data)
+            self._journal.add(names, found.hexdigest())
         except OSError as error:
             raise self._explain(error) from error
+        self._pending.difference_update(names)
+        self._kept = True
+
+    # ---- the end
 
     def finish(self) -> None:
         """Have every byte on the disk, still under the temporary name.
@@ -100,9 +207,12 @@ class BuildWriter:
             PlanError: a piece was never written, or the file system refused.
         """
         if self._pending:
-            raise PlanError(f"{self.target}: {self._pending} pieces were never written")
+            missing = sum(len(self._by_source[name]) for name in self._pending)
+            raise PlanError(f"{self.target}: {missing} pieces were never written")
         try:
             for descriptor in self._files.values():
+                if not os.fstat(descriptor).st_nlink:
+                    raise FileNotFoundError(None, "removed while it was written")
                 os.fsync(descriptor)
             self._close()
         except OSError as error:
@@ -117,6 +227,7 @@ class BuildWriter:
         self.finish()
         old = self.target.with_name(self.target.name + ".old")
         try:
+            self._journal.end(self.part.stat().st_ino)
             _remove(old)
             aside = self.target.is_dir() or (os.path.lexists(self.target) and self.part.is_dir())
             if aside:  # a folder cannot be replaced by a rename
@@ -130,21 +241,31 @@ class BuildWriter:
             _remove(old)
         except OSError as error:
             raise self._explain(error) from error
+        self._committed = True
 
-    def abort(self) -> None:
-        """Remove everything written so far; the final name is left as it was."""
-        with suppress(OSError):  # the error that led here is the one to show
-            self._close()
-        with suppress(OSError):
-            _remove(self.part)
+    def discard(self) -> None:
+        """What is written is of no use to another run either: leave nothing of it."""
+        self._kept = False
 
     def _close(self) -> None:
-        for descriptor in self._files.values():
+        files, self._files = self._files, {}
+        for descriptor in files.values():
             os.close(descriptor)
-        self._files = {}
 
-    def __enter__(self) -> Self:
-        return self
+    def _leave(self, *, done: bool = False) -> None:
+        """Let go of everything; what is written stays unless nothing is."""
+        with suppress(OSError):  # an error that led here is the one to show
+            self._close()
+        with suppress(OSError):
+            self._journal.close()
+        if done:
+            _sync_folder(self.target.parent)  # names are on the disk before the journal goes
+        if done or not self._kept:
+            with suppress(OSError):
+                self._journal.remove()
+        if not self._kept:
+            with suppress(OSError):
+                _remove(self.part)
 
     def __exit__(
         self,
@@ -152,8 +273,18 @@ class BuildWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is not None:
-            self.abort()
+        self._leave(done=self._committed and kind is None)
+
+
+def _gaps(file: FileLayout) -> Iterator[tuple[int, int]]:
+    """What neither known bytes nor pieces cover, by start and end."""
+    runs = [(at, at + len(content)) for at, content in file.constants]
+    runs += [(piece.offset, piece.offset + piece.nbytes) for piece in file.pieces]
+    at = 0
+    for start, end in [*sorted(runs), (file.size, file.size)]:
+        if start > at:
+            yield at, start
+        at = max(at, end)
 
 
 def _allocate(descriptor: int, size: int) -> None:
@@ -172,6 +303,16 @@ def _write_all(descriptor: int, content: memoryview, offset: int) -> None:
     while content:
         written = os.pwrite(descriptor, content, offset)
         content, offset = content[written:], offset + written
+
+
+def _sync_folder(path: Path) -> None:
+    """Have the names in a folder on the disk, where the system can."""
+    with suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _remove(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""GPTQ on the portable grid: rounding that lets later columns make up for earlier ones.
+"""GPTQ: rounding that lets later columns make up for earlier ones.
 
 For a weight W [N, K] and the second moments H [K, K] of its inputs the loss is
 ``tr((Q - W) H (Q - W)^T)``, the squared error of its outputs. Columns are rounded one after
@@ -11,6 +11,9 @@ inverse of H (Frantar et al. 2022, GPTQ, algorithm 1). Deviations:
   the scale of a group and then each of its codes take the value of least loss.
 - Columns keep their order, so that groups stay whole in every container.
 
+What a grid does with one group of columns is here for the portable grid and in
+``lfmq.quant.offset_gptq`` for those with an offset.
+
 float32 with float64 factorization. Sums over K go through BLAS: equal on one machine whatever the
 number of workers, not from one kind of processor to another.
 """
@@ -22,6 +25,7 @@ import torch
 from numba import njit
 from numpy.typing import NDArray
 
+from lfmq.quant import gptq_torch, offset_torch
 from lfmq.quant.lanes import (
     LANES,
     TARGETS,
@@ -31,10 +35,15 @@ from lfmq.quant.lanes import (
     round_scale,
     search_scale,
 )
+from lfmq.quant.offset_gptq import descend_group, round_group
+from lfmq.quant.offset_lanes import MOVES, SPANS
+from lfmq.quant.offset_rtn import stored_offset
+from lfmq.quant.triangular import invert_lower
 from lfmq.quant.types import Quantized, Scheme
 
-# Share of the mean diagonal added to it: Frantar et al. 2022, section 3.3.
-DAMPING = 0.01
+# Share of the mean diagonal added to it. Ten times that of Frantar et al. 2022, section 3.3: it
+# costs nothing on text like the calibration's and wins on other text (docs/quantization.md).
+DAMPING = 0.1
 # What they are worth: docs/quantization.md.
 SWEEPS = 3
 
@@ -70,9 +79,7 @@ def factorize(moments: torch.Tensor, damping: float = DAMPING) -> Moments:
     diagonal += damping * mean
     # inverse(H) = U^T U with U upper: U is the inverse of R in H = R R^T, R upper, which is the
     # lower Cholesky factor of H with rows and columns reversed, reversed again.
-    r = torch.linalg.cholesky(h.flip(0, 1)).flip(0, 1)
-    eye = torch.eye(len(r), dtype=r.dtype, device=r.device)
-    u = torch.linalg.solve_triangular(r, eye, upper=True)
+    u = invert_lower(torch.linalg.cholesky(h.flip(0, 1))).flip(0, 1)
     return Moments(h.float().contiguous(), u.float().contiguous())
 
 
@@ -82,7 +89,7 @@ def quantize(w: F32, moments: Moments, scheme: Scheme, *, sweeps: int = SWEEPS) 
     Args:
         w: the weight; K is a multiple of the scheme's group.
         moments: of its inputs.
-        scheme: bits 4 or 8 on the symmetric grid.
+        scheme: bits 4 or 8.
         sweeps: of coordinate descent after GPTQ.
 
     Raises:
@@ -91,79 +98,117 @@ def quantize(w: F32, moments: Moments, scheme: Scheme, *, sweeps: int = SWEEPS) 
     rows, group = w.shape[0], scheme.group
     if w.shape[1] % group:
         raise ValueError(f"rows of {w.shape[1]} do not divide into groups of {group}")
-    groups = w.shape[1] // group
-    level = np.empty((groups, rows, group), np.float32)
-    scale = np.empty((groups, rows), np.float32)
-    limits = (
-        np.float32(scheme.lowest_code - scheme.zero_point),
-        np.float32(scheme.highest_code - scheme.zero_point),
+    if moments.damped.device.type != "cpu":
+        portable = scheme.grid == "symmetric"
+        on_device = gptq_torch.quantize_rows if portable else offset_torch.quantize_rows
+        return on_device(w, moments.damped, moments.factor, scheme, sweeps)
+    level = np.empty((w.shape[1] // group, rows, group), np.float32)
+    grid = _GridState(
+        scheme, level, np.empty(level.shape[:2], np.float32), np.zeros(level.shape[:2], np.float32)
     )
-    _round_columns(torch.from_numpy(w.copy()), moments, scheme, limits, level, scale)
+    _round_columns(torch.from_numpy(w.copy()), moments, grid)
     if sweeps:
-        _descend(torch.from_numpy(w), moments.damped, limits, level, scale, sweeps)
-    codes = (level.transpose(1, 0, 2) + np.float32(scheme.zero_point)).astype(np.uint8)
-    half = np.ascontiguousarray(scale.T).astype(np.float16)
-    return Quantized(np.ascontiguousarray(codes).reshape(w.shape), half, scheme)
+        _descend(torch.from_numpy(w), moments.damped, grid, sweeps)
+    codes = (level.transpose(1, 0, 2) + np.float32(_zero_level(scheme))).astype(np.uint8)
+    half = np.ascontiguousarray(grid.scale.T).astype(np.float16)
+    offset = None
+    if scheme.grid != "symmetric":
+        offset = stored_offset(np.ascontiguousarray(grid.offset.T), scheme)
+    return Quantized(np.ascontiguousarray(codes).reshape(w.shape), half, scheme, offset)
 
 
-def _round_columns(
-    w: torch.Tensor,
-    moments: Moments,
-    scheme: Scheme,
-    limits: tuple[np.float32, np.float32],
-    level: F32,
-    scale: F32,
-) -> None:
-    """GPTQ: fill in level [G, N, group] and scale [G, N], using up ``w``."""
-    group = scheme.group
+@dataclass(frozen=True, slots=True)
+class _GridState:
+    """A weight on its way to the grid, a group of columns after another; kernels change it.
+
+    Attributes:
+        scheme: of the weight.
+        level: float32 [G, N, group], the codes; on the symmetric grid less the zero point.
+        scale: float32 [G, N].
+        offset: float32 [G, N], the offset or zero point; unused on the symmetric grid.
+    """
+
+    scheme: Scheme
+    level: F32
+    scale: F32
+    offset: F32
+
+    @property
+    def limits(self) -> tuple[np.float32, np.float32]:
+        """Lowest and highest level."""
+        zero = _zero_level(self.scheme)
+        low, high = self.scheme.lowest_code - zero, self.scheme.highest_code - zero
+        return np.float32(low), np.float32(high)
+
+    def values(self) -> F32:
+        """The weights [N, K] that the levels stand for."""
+        groups = self.level * self.scale[..., None]
+        if self.scheme.grid == "affine":
+            groups += self.offset[..., None]
+        elif self.scheme.grid == "asymmetric":
+            groups -= (self.scale * self.offset)[..., None]
+        values: F32 = groups.transpose(1, 0, 2).reshape(self.level.shape[1], -1)
+        return values
+
+    def round(self, index: int, w: F32, factor: F32, cost: F32, error: F32) -> bool:
+        """Search and round a group of columns; False for a weight that float16 lacks."""
+        low, high = self.limits
+        level, scale, offset = self.level[index], self.scale[index], self.offset[index]
+        bits, grid = self.scheme.bits, self.scheme.grid
+        if grid == "symmetric":
+            targets = TARGETS[bits]
+            sound = _round_group(w, factor, cost, low, high, targets, level, scale, error)
+        else:
+            spans, moves = SPANS[grid, bits], MOVES[grid, bits]
+            affine = grid == "affine"
+            sound = round_group(
+                w, factor, cost, affine, high, spans, moves, level, scale, offset, error
+            )
+        return bool(sound)
+
+    def descend(self, index: int, gradient: F32, h: F32, change: F32) -> None:
+        """Refit a group of columns."""
+        low, high = self.limits
+        level, scale, offset = self.level[index], self.scale[index], self.offset[index]
+        if self.scheme.grid == "symmetric":
+            _descend_group(gradient, h, low, high, level, scale, change)
+        else:
+            affine = self.scheme.grid == "affine"
+            descend_group(gradient, h, affine, high, level, scale, offset, change)
+
+
+def _zero_level(scheme: Scheme) -> int:
+    """The code of level 0."""
+    return scheme.zero_point if scheme.grid == "symmetric" else 0
+
+
+def _round_columns(w: torch.Tensor, moments: Moments, grid: _GridState) -> None:
+    """GPTQ: fill in the grid's arrays, using up ``w``."""
+    group = grid.scheme.group
     factor = moments.factor
     error = np.empty((w.shape[0], group), np.float32)
-    for index in range(level.shape[0]):
+    for index in range(grid.level.shape[0]):
         part = slice(index * group, (index + 1) * group)
         within = np.ascontiguousarray(factor[part, part].numpy())
         cost = 1 / np.square(np.diag(within))
-        sound = _round_group(
-            np.ascontiguousarray(w[:, part].numpy()),
-            within,
-            (cost / cost.mean()).astype(np.float32),
-            limits[0],
-            limits[1],
-            TARGETS[scheme.bits],
-            level[index],
-            scale[index],
-            error,
-        )
-        if not sound:
+        columns = np.ascontiguousarray(w[:, part].numpy())
+        importance = (cost / cost.mean()).astype(np.float32)
+        if not grid.round(index, columns, within, importance, error):
             raise ValueError("a weight is NaN, Inf or beyond float16")
         rest = slice(part.stop, None)
         w[:, rest].addmm_(torch.from_numpy(error), factor[part, rest], alpha=-1)
 
 
-def _descend(
-    w: torch.Tensor,
-    h: torch.Tensor,
-    limits: tuple[np.float32, np.float32],
-    level: F32,
-    scale: F32,
-    sweeps: int,
-) -> None:
-    """Coordinate descent on scales and levels, in place."""
-    groups, rows, group = level.shape
-    q = torch.from_numpy((level * scale[..., None]).transpose(1, 0, 2).reshape(rows, -1))
-    gradient = (q - w) @ h  # [N, K], half of it
+def _descend(w: torch.Tensor, h: torch.Tensor, grid: _GridState, sweeps: int) -> None:
+    """Coordinate descent on scales, offsets and levels, in place."""
+    groups, rows, group = grid.level.shape
+    gradient = (torch.from_numpy(grid.values()) - w) @ h  # [N, K], half of it
     change = np.empty((rows, group), np.float32)
     for _ in range(sweeps):
         for index in range(groups):
             part = slice(index * group, (index + 1) * group)
-            _descend_group(
-                np.ascontiguousarray(gradient[:, part].numpy()),
-                np.ascontiguousarray(h[part, part].numpy()),
-                limits[0],
-                limits[1],
-                level[index],
-                scale[index],
-                change,
-            )
+            within = np.ascontiguousarray(h[part, part].numpy())
+            grid.descend(index, np.ascontiguousarray(gradient[:, part].numpy()), within, change)
             gradient.addmm_(torch.from_numpy(change), h[part])
 
 

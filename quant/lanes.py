@@ -1,4 +1,4 @@
-"""Kernels on one group of sixteen rows at a time, shared by the quantizers of the portable grid.
+"""Kernels on one group of sixteen rows at a time, shared by the quantizers of every grid.
 
 A row is a SIMD lane and a group of its weights runs down the lane, so that every sum is taken in
 the group's order in float32 without reassociation or fused multiply-add: the same input gives the
@@ -81,17 +81,23 @@ def keep_best(xq, qq, best, best_scale):  # type: ignore[no-untyped-def] # pragm
 
 @njit(nogil=True, cache=True, error_model="numpy", inline="always")
 def round_scale(xq, qq, scale):  # type: ignore[no-untyped-def] # pragma: no cover
-    """The fitted scale, rounded to the nearest float16 (ties to even), kept as float32."""
+    """The fitted scale, rounded to the nearest float16, kept as float32."""
     for lane in range(LANES):
         scale[lane] = np.float32(0) if qq[lane] == np.float32(0) else xq[lane] / qq[lane]
-    bits = scale.view(np.int32)
+    round_half(scale)
+
+
+@njit(nogil=True, cache=True, error_model="numpy", inline="always")
+def round_half(values):  # type: ignore[no-untyped-def] # pragma: no cover
+    """Round to the nearest float16 in place, ties to even, kept as float32."""
+    bits = values.view(np.int32)
     for lane in range(LANES):
-        s = scale[lane]
-        small = (s + _SUBNORMAL) - _SUBNORMAL
+        v = values[lane]
+        small = (v + _SUBNORMAL) - _SUBNORMAL
         b = bits[lane]
         bits[lane] = (b + np.int32(0xFFF) + ((b >> np.int32(13)) & np.int32(1))) & np.int32(-8192)
-        if abs(s) < _TINY:
-            scale[lane] = small
+        if abs(v) < _TINY:
+            values[lane] = small
 
 
 @njit(nogil=True, cache=True, error_model="numpy", inline="always")

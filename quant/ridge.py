@@ -1,28 +1,41 @@
 """Ridge regression of what a weight's outputs lack on its inputs."""
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
+
+from lfmq.quant.triangular import invert_lower
+
+
+def ridge_factor(moments: torch.Tensor, ridge: float) -> torch.Tensor | None:
+    """The inverse L of the lower Cholesky factor of ``H + ridge * mean(diag(H)) * I``, [K, K].
+
+    Args:
+        moments: H, the second moments of a weight's inputs, [K, K].
+        ridge: in units of the mean diagonal of H; it bounds the condition number by K / ridge,
+            so float32 is enough.
+
+    Returns:
+        None without any input.
+    """
+    mean = torch.diagonal(moments).mean()
+    if not mean > 0:
+        return None
+    h = moments.clone()
+    torch.diagonal(h).add_(ridge * mean)
+    return invert_lower(torch.linalg.cholesky(h))
 
 
 def step_toward(
-    w: torch.Tensor, moments: torch.Tensor, missing: torch.Tensor, ridge: float
-) -> NDArray[np.float32]:
+    w: torch.Tensor, factor: torch.Tensor | None, missing: torch.Tensor
+) -> torch.Tensor:
     """W + D with D the least-squares answer to what is missing, drawn to zero by the ridge.
 
-    Solves ``D (H + ridge * mean(diag(H)) * I) = missing`` in float64. Without any input W itself.
+    Solves ``D (H + ridge * mean(diag(H)) * I) = missing``.
 
     Args:
         w: [N, K].
-        moments: H, the second moments of its inputs, [K, K].
+        factor: of :func:`ridge_factor`; several weights with the same inputs share it.
         missing: sum over tokens of lacking output times input, [N, K].
-        ridge: in units of the mean diagonal of H.
     """
-    h = moments.double()
-    mean = torch.diagonal(h).mean()
-    if not mean > 0:
-        return np.array(w.numpy())
-    h = h + ridge * mean * torch.eye(len(h), dtype=h.dtype)
-    step = torch.cholesky_solve(missing.double().T, torch.linalg.cholesky(h)).T
-    stepped: NDArray[np.float32] = (w.double() + step).float().contiguous().numpy()
-    return stepped
+    if factor is None:
+        return w
+    return w + (missing @ factor.T) @ factor

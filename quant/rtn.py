@@ -1,4 +1,4 @@
-"""Round to nearest on the portable grid, with an importance-weighted search for the scale.
+"""Round to nearest with an importance-weighted search for the scale, here on the portable grid.
 
 For a group ``x`` of one row with importance ``h`` the scale minimizes ``sum h (x - s q)^2`` over
 candidates that put the largest weight at level ``-t``; for the codes of a candidate the best real
@@ -6,7 +6,8 @@ scale is ``sum h x q / sum h q^2`` (the search of ggml's ``make_qx_quants``, wit
 and a second fit, after which the scale is rounded to float16 and the codes are chosen again).
 
 Bit-exact by construction: every sum runs over the group in order in float32, one row a SIMD lane,
-without fused multiply-add; ``tests/quant/test_rtn.py`` holds the plain definition.
+without fused multiply-add; ``tests/quant/test_rtn.py`` holds the plain definition. The grids with
+an offset have their own search (``lfmq.quant.offset_lanes``).
 """
 
 import numpy as np
@@ -14,6 +15,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from lfmq.quant.lanes import LANES, TARGETS, load_group, nearest_level, search_scale
+from lfmq.quant.offset_rtn import quantize_rows
 from lfmq.quant.types import Quantized, Scheme
 
 
@@ -24,7 +26,7 @@ def quantize(
 
     Args:
         w: the weight; K is a multiple of the scheme's group.
-        scheme: bits 4 or 8 on the symmetric grid.
+        scheme: bits 4 or 8.
         importance: weight of each input's squared error, shape [K]; all one when None.
 
     Raises:
@@ -34,13 +36,16 @@ def quantize(
     if rows.shape[1] % scheme.group:
         raise ValueError(f"rows of {rows.shape[1]} do not divide into groups of {scheme.group}")
     h = np.ones(rows.shape[1], np.float32) if importance is None else importance
+    h = h.astype(np.float32, copy=False)
+    if scheme.grid != "symmetric":
+        return _reshape(quantize_rows(rows, h, scheme), w.shape)
     codes = np.empty(rows.shape, np.uint8)
     scale = np.empty((rows.shape[0], rows.shape[1] // scheme.group), np.float32)
     limits = np.array([scheme.lowest_code, scheme.highest_code], np.float32)
     limits -= np.float32(scheme.zero_point)
     sound = _quantize_rows(
         rows,
-        h.astype(np.float32, copy=False),
+        h,
         scheme.group,
         limits,
         np.float32(scheme.zero_point),
@@ -50,8 +55,14 @@ def quantize(
     )
     if not sound:
         raise ValueError("a weight is NaN, Inf or beyond float16")
-    shape = (*w.shape[:-1], scale.shape[1])
-    return Quantized(codes.reshape(w.shape), scale.astype(np.float16).reshape(shape), scheme)
+    return _reshape(Quantized(codes, scale.astype(np.float16), scheme), w.shape)
+
+
+def _reshape(q: Quantized, shape: tuple[int, ...]) -> Quantized:
+    """Rows [N, K] as a weight of the shape [..., K]."""
+    groups = (*shape[:-1], q.scale.shape[1])
+    offset = None if q.offset is None else q.offset.reshape(groups)
+    return Quantized(q.codes.reshape(shape), q.scale.reshape(groups), q.scheme, offset)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 FloatType = Literal["float32", "float16", "bfloat16"]
-Grid = Literal["symmetric"]
+Grid = Literal["symmetric", "affine", "asymmetric"]
 LayerType = Literal["conv", "full_attention"]
 
 FLOAT_BYTES: dict[FloatType, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -86,8 +86,12 @@ class Geometry:
 class Scheme:
     """How the values of a weight are stored: integer codes with one scale a group of a row.
 
-    ``symmetric`` is the portable grid, exact in every container:
-    ``w[n, k] = scale[n, k // group] * (code[n, k] - 2 ** (bits - 1))`` with a float16 scale.
+    With a float16 scale, ``g = k // group`` and ``q = code[n, k]``, a code of ``bits`` bits:
+
+    - ``symmetric``, the portable grid, exact in every container:
+      ``w[n, k] = scale[n, g] * (q - 2 ** (bits - 1))``;
+    - ``affine``, MLX's: ``w[n, k] = scale[n, g] * q + offset[n, g]``, the offset a float16;
+    - ``asymmetric``, ONNX's: ``w[n, k] = scale[n, g] * (q - offset[n, g])``, the offset a code.
     """
 
     bits: int
@@ -96,13 +100,16 @@ class Scheme:
 
     @property
     def zero_point(self) -> int:
-        """The code that stands for 0."""
+        """The code that stands for 0 on the symmetric grid."""
         return int(2 ** (self.bits - 1))
 
     @property
     def lowest_code(self) -> int:
-        """Smallest code in use; 8-bit leaves 0 out, so that codes - 128 negate as int8 (Q8_0)."""
-        return 1 if self.bits == 8 else 0
+        """Smallest code in use.
+
+        Symmetric 8-bit leaves 0 out, so that codes - 128 negate as int8 (Q8_0).
+        """
+        return 1 if self.bits == 8 and self.grid == "symmetric" else 0
 
     @property
     def highest_code(self) -> int:
@@ -110,8 +117,9 @@ class Scheme:
         return int(2**self.bits - 1)
 
     def __str__(self) -> str:
-        """Short form for tables, for example ``int4 g32``."""
-        return f"int{self.bits} g{self.group}"
+        """Short form for tables, for example ``int4 g32`` or ``int4 g64 affine``."""
+        short = f"int{self.bits} g{self.group}"
+        return short if self.grid == "symmetric" else f"{short} {self.grid}"
 
 
 Storage = Scheme | FloatType
@@ -165,22 +173,35 @@ class Quantized:
     Attributes:
         codes: uint8, unpacked, shape [..., N, K].
         scale: float16, shape [..., N, K // group].
-        scheme: how codes and scale make weights.
+        scheme: how codes, scale and offset make weights.
+        offset: shape of the scale; float16 on the affine grid, a uint8 zero point on the
+            asymmetric one, None on the symmetric one.
     """
 
     codes: NDArray[np.uint8]
     scale: NDArray[np.float16]
     scheme: Scheme
+    offset: NDArray[np.float16] | NDArray[np.uint8] | None = None
 
 
 Weight = Quantized | NDArray[np.float32]
 
 
 def dequantize(q: Quantized) -> NDArray[np.float32]:
-    """The weights a :class:`Quantized` stands for, float32, shape of its codes."""
-    groups = q.codes.reshape(*q.codes.shape[:-1], -1, q.scheme.group)
-    centred = groups.astype(np.float32) - np.float32(q.scheme.zero_point)
-    values: NDArray[Any] = centred * q.scale.astype(np.float32)[..., None]
+    """The weights a :class:`Quantized` stands for, float32, shape of its codes.
+
+    A float16 times a code is exact in float32 (11 bits times 8), so that no processor's fused
+    multiply-add rounds an affine weight otherwise than a product and a sum.
+    """
+    groups = q.codes.reshape(*q.codes.shape[:-1], -1, q.scheme.group).astype(np.float32)
+    scale = q.scale.astype(np.float32)[..., None]
+    if q.scheme.grid == "symmetric":
+        values: NDArray[Any] = (groups - np.float32(q.scheme.zero_point)) * scale
+        return values.reshape(q.codes.shape)
+    if q.offset is None:
+        raise ValueError(f"a weight on the {q.scheme.grid} grid has no offsets")
+    offset = q.offset.astype(np.float32)[..., None]
+    values = groups * scale + offset if q.scheme.grid == "affine" else (groups - offset) * scale
     return values.reshape(q.codes.shape)
 
 

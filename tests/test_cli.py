@@ -7,6 +7,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from lfmq.cli import main
+from lfmq.formats.registry import FORMATS
 
 
 def lfmq(*words: object) -> Result:
@@ -38,7 +39,7 @@ def test_inspect(sample_folder):
 
 def test_plan():
     found = document(lfmq("plan", "sample", "--recipe", "int8", "--json"))
-    assert [b["format"] for b in found["builds"]] == ["gguf", "mlx", "onnx"]
+    assert [b["format"] for b in found["builds"]] == list(FORMATS)
     for build in found["builds"]:
         assert set(build) == {"format", "bytes", "bits_per_weight", "bytes_per_token"}
     assert len(found["tensors"]) == 244
@@ -63,7 +64,7 @@ def test_convert(builds):
     assert set(builds["builds"][0]) == {"format", "path", "bytes", "bits_per_weight"}
     names = [Path(b["path"]).name for b in builds["builds"]]
     stem = "lfm2moe-tiny-int4"
-    assert names == [f"{stem}.gguf", f"{stem}-mlx", f"{stem}-onnx"]
+    assert names == [f"{stem}{FORMATS[name].SUFFIX}" for name in FORMATS]
 
 
 def test_progress_goes_to_stderr_a_line_at_a_time(tmp_path):

@@ -22,6 +22,7 @@ NEUTRAL_FORMAT_MODULES = {
     "build",
     "card",
     "hf_config",
+    "journal",
     "registry",
     "safetensors_file",
     "safetensors_layout",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 
 from lfmq.converter.calibrate import open_statistics
 from lfmq.converter.checkpoint import Checkpoint, open_checkpoint
@@ -18,6 +19,7 @@ from lfmq.converter.statistics import Statistics
 from lfmq.converter.text import Windows, load_windows
 from lfmq.formats.build import Format
 from lfmq.formats.registry import FORMATS
+from lfmq.quant.errors import ValidationError
 
 Command = Callable[..., Any]
 
@@ -44,6 +46,15 @@ class Common:
     device: str
     as_json: bool
     quiet: bool
+
+    def __post_init__(self) -> None:
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValidationError("--device cuda: torch finds no CUDA device; use --device cpu")
+
+    def notice(self, line: str) -> None:
+        """A line about how the work goes."""
+        if not self.quiet:
+            click.echo(line, err=True)
 
     def open(self, reference: str) -> Checkpoint:
         """The checkpoint, fetched with a bar on a terminal."""

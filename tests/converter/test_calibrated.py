@@ -9,15 +9,19 @@ import torch
 from lfmq.converter.calibrated import calibrated_units
 from lfmq.converter.calibration import Calibration
 from lfmq.converter.checkpoint import Checkpoint, open_checkpoint
+from lfmq.converter.convert import convert
 from lfmq.converter.forward import Model, run_model
 from lfmq.converter.nearest import nearest_units
 from lfmq.converter.plan import resolve_plan
 from lfmq.converter.recipe import load_recipe
 from lfmq.converter.text import load_windows
+from lfmq.formats.registry import FORMATS
 from lfmq.quant.errors import CheckpointError, ValidationError
-from lfmq.quant.ridge import step_toward
+from lfmq.quant.ridge import ridge_factor, step_toward
 from lfmq.quant.types import Quantized, dequantize
 from lfmq.validation.metrics import Predictor, compare_routing, score_positions
+from lfmq.validation.report import summarize_scores
+from lfmq.validation.validate import compare, run_reference
 
 SEQUENCE = 256
 
@@ -134,11 +138,11 @@ def test_a_step_is_the_ridge_regression_of_what_is_missing():
     w, true = torch.randn(5, 12, generator=generator), torch.randn(5, 12, generator=generator)
     gap = x @ (true - w).T
     h = x.T @ x
-    stepped = step_toward(w, h, gap.T @ x, 1e-9)
+    stepped = step_toward(w, ridge_factor(h, 1e-6), gap.T @ x)
     np.testing.assert_allclose(stepped, true.numpy(), atol=1e-4)
-    still = step_toward(w, h, gap.T @ x, 1e9)
+    still = step_toward(w, ridge_factor(h, 1e9), gap.T @ x)
     np.testing.assert_allclose(still, w.numpy(), atol=1e-6)
-    nothing = step_toward(w, torch.zeros(12, 12), torch.zeros(5, 12), 0.1)
+    nothing = step_toward(w, ridge_factor(torch.zeros(12, 12), 0.1), torch.zeros(5, 12))
     np.testing.assert_array_equal(nothing, w.numpy())
 
 
@@ -161,3 +165,69 @@ def test_damaged_weights_are_named(sample, name, error, message):
     damaged = Damaged(sample.folder, sample.geometry, sample.assets, sample.stored)
     with pytest.raises((error, ValidationError), match=message):
         run(damaged, "int4", windows_of(sample, "calibration.jsonl", SEQUENCE))
+
+
+class StoppedError(Exception):
+    pass
+
+
+def test_a_stopped_run_goes_on_at_a_layer(sample, tmp_path, monkeypatch):
+    """With the bytes and the report of one never stopped, and without the layers before."""
+    recipe = load_recipe("int4")
+    plan = resolve_plan(sample.geometry, recipe)
+    formats = {"gguf": FORMATS["gguf"]}
+    windows = windows_of(sample, "calibration.jsonl", 4096)
+    whole, stopped, read = Calibration(windows), Calibration(windows), list[str]()
+
+    def stop(step, total):
+        if len(stopped.experts) == 20:  # the second MoE layer, 3, is begun
+            raise StoppedError
+
+    convert(sample, recipe, plan, formats, tmp_path / "whole", calibration=whole)
+    output = tmp_path / "stopped"
+    with pytest.raises(StoppedError):
+        convert(sample, recipe, plan, formats, output, calibration=stopped, progress=stop)
+    real = Checkpoint.read
+
+    def noted(self, name):
+        read.append(name)
+        return real(self, name)
+
+    monkeypatch.setattr(Checkpoint, "read", noted)
+    resumed, steps = Calibration(windows), list[int]()
+    convert(
+        sample,
+        recipe,
+        plan,
+        formats,
+        output,
+        calibration=resumed,
+        threads=1,
+        progress=lambda step, total: steps.append(step),
+    )
+    assert not any(name.startswith(("model.layers.0.", "model.layers.2.")) for name in read)
+    assert any(name.startswith("model.layers.3.") for name in read)
+    assert sum(steps) == sum(e.size for e in plan.entries)
+    assert resumed.to_json() == whole.to_json()
+    for name in sorted(p.name for p in (tmp_path / "whole").iterdir()):
+        assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert [p.name for p in output.iterdir() if p.suffix == ".resume"] == []
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(sample, calibrated):
+    """Other sums, the same build to within what they tip over."""
+    windows = windows_of(sample, "calibration.jsonl", 16384)
+    plan = resolve_plan(sample.geometry, load_recipe("int4"))
+    found: dict = {}
+    for _ in calibrated_units(sample, plan, Calibration(windows), found.update, 2, device="cuda"):
+        pass
+    first = "model.layers.0.conv.in_proj.weight"
+    assert np.mean(found[first].scale == calibrated[0][first].scale) > 0.9
+    text = windows_of(sample, "evaluation.jsonl", 4096)
+    reference = run_reference(Model(sample.geometry, sample.read), text)
+    klds = []
+    for weights in (found, calibrated[0]):
+        scores, _ = compare(reference, Model(sample.geometry, read_of(weights)))
+        klds.append(summarize_scores(scores).kld.mean)
+    assert klds[0] == pytest.approx(klds[1], rel=0.15)

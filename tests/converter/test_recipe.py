@@ -42,6 +42,8 @@ def test_an_empty_condition_matches_all():
         ("bits = 4", Scheme(4, 32)),
         ("bits = 8\ngroup = 128", Scheme(8, 128)),
         ('bits = 4\ngrid = "symmetric"', Scheme(4)),
+        ('bits = 4\ngroup = 64\ngrid = "affine"', Scheme(4, 64, "affine")),
+        ('bits = 8\ngrid = "asymmetric"', Scheme(8, 32, "asymmetric")),
         ('float = "bfloat16"', "bfloat16"),
     ],
 )
@@ -77,7 +79,7 @@ def test_roles_and_sets_of_roles():
         ("bits = [4]", "bits is"),
         ("group = 32", "bits is None"),
         ("bits = 4\ngroup = 16", "group is 16"),
-        ('bits = 4\ngrid = "affine"', "grid is 'affine'"),
+        ('bits = 4\ngrid = "other"', "grid is 'other'"),
         ('float = "float64"', "float is 'float64'"),
         ("float = [1]", "float is"),
         ('float = "float16"\nbits = 4', "float excludes bits"),
@@ -115,5 +117,6 @@ def test_what_is_no_recipe(text):
 def test_a_file_that_cannot_be_read(tmp_path, content):
     path = tmp_path / "mine.toml"
     path.mkdir() if content is None else path.write_bytes(content)
-    with pytest.raises(RecipeError, match=r"neither a built-in recipe \(int4, int4-all, int4-mixed, int8\)"):
+    known = r"neither a built-in recipe \(int4, int4-all, int4-mixed, int8\)"
+    with pytest.raises(RecipeError, match=known):
         load_recipe(str(path))

@@ -1,0 +1,131 @@
+"""The sample on the affine and the asymmetric grid, calibrated, in the programs they are for.
+
+As in tests/test_runtimes.py the reference is transformers in float32 with the build's own weights,
+and each runtime is fed the reference's greedy continuation.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from lfmq.converter.calibration import Calibration
+from lfmq.converter.checkpoint import open_checkpoint
+from lfmq.converter.convert import convert, plan_builds
+from lfmq.converter.plan import resolve_plan
+from lfmq.converter.recipe import parse_recipe
+from lfmq.converter.text import load_windows
+from lfmq.formats.registry import FORMATS
+
+RECIPES = {
+    "mlx": '[[rule]]\nbits = 4\ngroup = 64\ngrid = "affine"\n',
+    "onnx": '[[rule]]\nbits = 4\ngrid = "asymmetric"\n'
+    '[[rule]]\nroles = ["embedding"]\nbits = 8\ngrid = "asymmetric"\n',
+}
+NEW_TOKENS = 24
+END_OF_TURN = 4
+QUESTION = "What is 17 + 14?"
+# float32 arithmetic in another order; logits span about 30. Measured 6e-5.
+FLOAT32_TOLERANCE = 1e-3
+# MLX computes in the float16 of the file's scales: the median over positions of the largest
+# difference, as in tests/test_runtimes.py. Measured 0.04.
+FLOAT16_MEDIAN = 0.1
+
+
+@pytest.fixture(scope="module")
+def builds(sample_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    checkpoint = open_checkpoint(sample_folder)
+    text = sample_folder.parent / "calibration.jsonl"
+    windows = load_windows(
+        [text], checkpoint.assets, checkpoint.geometry, tokens=2048, sequence=256
+    )
+    paths = {}
+    for name, rules in RECIPES.items():
+        recipe = parse_recipe(rules, "grid", "a test")
+        plan = resolve_plan(checkpoint.geometry, recipe)
+        planned = plan_builds(checkpoint, plan, FORMATS)
+        assert [b.format for b in planned if b.refused is None] == [name]
+        output = tmp_path_factory.mktemp(name)
+        calibration = Calibration(windows)
+        (done,) = convert(
+            checkpoint, recipe, plan, {name: FORMATS[name]}, output, calibration=calibration
+        )
+        assert all(c.error < c.error_nearest for c in calibration.experts if c.tokens)
+        paths[name] = done.path
+    return paths
+
+
+@pytest.fixture
+def reference(
+    sample_folder: Path, transformers_model: Callable[..., Any]
+) -> Callable[[str, Path], tuple[list[int], int, NDArray[np.float32]]]:
+    """Greedy tokens over a prompt, the prompt's length, and the logits."""
+
+    def make(name: str, path: Path) -> tuple[list[int], int, NDArray[np.float32]]:
+        config = json.loads((sample_folder / "config.json").read_text())
+        model = transformers_model(config, FORMATS[name].open_reader(path).read)
+        tokenizer = Tokenizer.from_file(str(sample_folder / "tokenizer.json"))
+        text = f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
+        prompt = [1, *tokenizer.encode(text, add_special_tokens=False).ids]
+        with torch.no_grad():
+            tokens = model.generate(
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                max_new_tokens=NEW_TOKENS,
+                do_sample=False,
+                eos_token_id=END_OF_TURN,
+                pad_token_id=0,
+            )
+            return tokens[0].tolist(), len(prompt), model(tokens).logits[0].numpy()
+
+    return make
+
+
+def test_mlx_lm(builds: dict[str, Path], reference: Callable[..., Any]) -> None:
+    mx = pytest.importorskip("mlx.core")
+    utils = pytest.importorskip("mlx_lm.utils")
+    tokens, start, expected = reference("mlx", builds["mlx"])
+    model, config = utils.load_model(builds["mlx"])
+    assert config["quantization"]["group_size"] == 64
+    found = np.array(model(mx.array([tokens]))[0].astype(mx.float32))
+    assert found[start - 1 : -1].argmax(-1).tolist() == tokens[start:]
+    assert np.median(np.abs(found - expected).max(-1)) < FLOAT16_MEDIAN
+    model.set_dtype(mx.float32)
+    found = np.array(model(mx.array([tokens]))[0])
+    assert np.abs(found - expected).max() < FLOAT32_TOLERANCE
+
+
+def test_onnxruntime(builds: dict[str, Path], reference: Callable[..., Any]) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    tokens, start, expected = reference("onnx", builds["onnx"])
+    session = onnxruntime.InferenceSession(str(builds["onnx"] / "model.onnx"))
+    sizes = {"batch_size": 1, "past_sequence_length": 0}
+    feed: dict[str, NDArray[Any]] = {
+        i.name: np.zeros([sizes.get(d, d) for d in i.shape], np.float32)
+        for i in session.get_inputs()
+        if i.name.startswith("past")
+    }
+    ids = np.array([tokens], np.int64)
+    feed |= {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    found = session.run(["logits"], feed)[0][0]
+    assert found[start - 1 : -1].argmax(-1).tolist() == tokens[start:]
+    assert np.abs(found - expected).max() < FLOAT32_TOLERANCE
+
+
+def test_onnxruntime_genai(builds: dict[str, Path], reference: Callable[..., Any]) -> None:
+    genai = pytest.importorskip("onnxruntime_genai")
+    tokens, start, _ = reference("onnx", builds["onnx"])
+    params = genai.GeneratorParams(model := genai.Model(str(builds["onnx"])))
+    params.set_search_options(do_sample=False, max_length=start + NEW_TOKENS)
+    generator = genai.Generator(model, params)
+    generator.append_tokens(np.array([tokens[:start]], np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    expected = tokens[:-1] if tokens[-1] == END_OF_TURN else tokens  # genai leaves it out
+    assert generator.get_sequence(0).tolist()[: len(expected)] == expected
