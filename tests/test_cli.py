@@ -126,7 +126,7 @@ def test_verify(builds, tmp_path):
     paths = [b["path"] for b in builds["builds"]]
     assert [b["intact"] for b in document(lfmq("verify", *paths, "--json"))["builds"]] == [
         True
-    ] * 3
+    ] * len(FORMATS)
     copy = tmp_path / "a.gguf"
     copy.write_bytes(b"GGUF")
     alone = lfmq("verify", copy)
