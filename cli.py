@@ -4,7 +4,7 @@ import json
 import resource
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,24 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from lfmq.converter.balance import Balanced
+from lfmq.converter.balance import balance as choose_balanced
 from lfmq.converter.budget import save_recipe, settle_widths
 from lfmq.converter.calibrate import calibrate as gather_statistics
 from lfmq.converter.calibration import Calibration
+from lfmq.converter.checkpoint import Checkpoint
 from lfmq.converter.convert import convert as convert_checkpoint
 from lfmq.converter.convert import plan_builds, plan_layouts
 from lfmq.converter.inspect import inspect_checkpoint
 from lfmq.converter.manifest import verify_build
 from lfmq.converter.recipe import load_recipe
+from lfmq.converter.text import Windows
 from lfmq.quant.errors import LfmqError
 from lfmq.validation.options import (
     Common,
     Text,
     Wanted,
+    balance_option,
     common_options,
     plan_options,
     text_options,
@@ -185,6 +190,7 @@ def plan(
     type=click.Path(path_type=Path, dir_okay=False),
     help="Also write llama.cpp's importance matrix.",
 )
+@balance_option
 @click.option("--force", is_flag=True, help="Replace a file that exists.")
 @common_options
 def calibrate(
@@ -193,6 +199,7 @@ def calibrate(
     text: Text,
     merge: tuple[Path, ...],
     imatrix: Path | None,
+    balance: int | None,
     force: bool,
     common: Common,
 ) -> None:
@@ -203,7 +210,7 @@ def calibrate(
     """
     started = time.monotonic()
     opened = common.open(checkpoint)
-    windows = text.windows(opened, "calibration.jsonl")
+    windows, balanced = _calibration_text(opened, text, balance, common)
     with show_progress("calibrating", quiet=common.quiet) as progress:
         found, coverage = gather_statistics(
             opened,
@@ -224,12 +231,35 @@ def calibrate(
                 "seconds": time.monotonic() - started,
                 "peak_rss_bytes": _peak_rss(),
                 **found.to_json(),
+                **({"balance": balanced.to_json()} if balanced else {}),
                 "experts": [asdict(expert) for expert in coverage],
             }
         )
         return
     _print_tables(coverage_table(coverage))
     click.echo(f"{output}: statistics of {found.tokens:,} tokens")
+
+
+def _calibration_text(
+    opened: Checkpoint, text: Text, balance: int | None, common: Common
+) -> tuple[Windows, Balanced | None]:
+    """The text's first windows, or those that bring experts to their quotas."""
+    if balance is None:
+        return text.windows(opened, "calibration.jsonl"), None
+    if balance < text.tokens:
+        raise click.UsageError(f"--balance {balance} is fewer than --tokens {text.tokens}")
+    pool = replace(text, tokens=balance).windows(opened, "calibration.jsonl")
+    with show_progress("balancing", quiet=common.quiet) as progress:
+        found = choose_balanced(
+            opened,
+            pool,
+            text.tokens,
+            threads=common.threads,
+            device=common.device,
+            progress=progress,
+        )
+    common.notice(str(found))
+    return found.windows, found
 
 
 @main.command(epilog=_example("lfmq convert sample --output builds --to gguf --to onnx"))
@@ -242,6 +272,7 @@ def calibrate(
 )
 @plan_options
 @text_options
+@balance_option
 @click.option("--uncalibrated", is_flag=True, help="Round to nearest, without any text.")
 @click.option("--force", is_flag=True, help="Replace builds that exist.")
 @common_options
@@ -250,6 +281,7 @@ def convert(
     output: Path,
     wanted: Wanted,
     text: Text,
+    balance: int | None,
     uncalibrated: bool,
     force: bool,
     common: Common,
@@ -265,9 +297,9 @@ def convert(
     started = time.monotonic()
     opened, base = common.open(checkpoint), load_recipe(wanted.recipe)
     known = wanted.known(opened)
-    windows = None
+    windows, balanced = None, None
     if text.texts or not (uncalibrated or known):
-        windows = text.windows(opened, "calibration.jsonl")
+        windows, balanced = _calibration_text(opened, text, balance, common)
     widths = settle_widths(
         opened,
         base,
@@ -304,6 +336,7 @@ def convert(
                 "tokens": windows.tokens if windows else 0,
                 **widths.to_json(),
                 **(calibration.to_json() if calibration else {}),
+                **({"balance": balanced.to_json()} if balanced else {}),
             }
         )
         return

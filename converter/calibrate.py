@@ -16,9 +16,14 @@ from lfmq.converter.statistics import (
     load_statistics,
     save_statistics,
 )
+from lfmq.converter.tensors import expected_tensors
 from lfmq.converter.text import Windows
-from lfmq.quant.errors import PlanError
-from lfmq.quant.types import Geometry
+from lfmq.formats.gguf_imatrix import MAGIC, Imatrix, read_imatrix, write_imatrix
+from lfmq.quant.errors import PlanError, ValidationError
+from lfmq.quant.types import EXPERT_ROLES, SHARED_ROLES, Geometry, Role
+
+# Roles that llama.cpp's importance matrix speaks of; the embedding is looked up, not multiplied.
+_MULTIPLIED = {*SHARED_ROLES, *EXPERT_ROLES, Role.ROUTER} - {Role.EMBEDDING}
 
 
 def calibrate(
@@ -53,6 +58,8 @@ def calibrate(
     """
     if output.exists() and not force:
         raise PlanError(f"{output}: already exists; give --force to replace it")
+    if imatrix is not None and imatrix.exists() and not force:
+        raise PlanError(f"{imatrix}: already exists; give --force to replace it")
     others = [load_statistics(path, checkpoint.geometry) for path in merge]
     state = StateFile(output.with_name(output.name + ".resume"), _key(checkpoint, windows))
     found, coverage = collect(
@@ -61,6 +68,8 @@ def calibrate(
     for other in others:
         found = found.merge(other)
     save_statistics(output, found)
+    if imatrix is not None:
+        export_imatrix(imatrix, found, checkpoint.geometry, windows.ids.shape[1])
     state.remove()
     return found, coverage
 
@@ -84,4 +93,57 @@ def open_statistics(path: Path, geometry: Geometry) -> Statistics:
     Raises:
         ValidationError: neither, damaged, or of another checkpoint.
     """
+    try:
+        with path.open("rb") as file:
+            start = file.read(12)
+    except OSError as error:
+        raise ValidationError(f"{path}: cannot be read ({error.strerror or error})") from error
+    if start[:4] == MAGIC:
+        return import_imatrix(path, geometry)
+    if start[8:] == b"blk.":  # entries, length of the first name, the name
+        raise ValidationError(
+            f"{path}: an importance matrix in llama.cpp's old format; llama-imatrix --in-file "
+            f"{path.name} --output-format gguf --output-file NEW.gguf brings it into the new one"
+        )
     return load_statistics(path, geometry)
+
+
+def export_imatrix(path: Path, statistics: Statistics, geometry: Geometry, sequence: int) -> None:
+    """Write statistics as llama.cpp's importance matrix; the texts are named by their hashes.
+
+    Args:
+        path: the file.
+        statistics: of a checkpoint with this geometry.
+        geometry: of the model.
+        sequence: tokens of a window.
+
+    Raises:
+        PlanError: it cannot be written.
+    """
+    imatrix = Imatrix(
+        statistics.inputs,
+        tuple(f"sha256:{text}" for text in statistics.texts),
+        statistics.tokens // sequence,
+        sequence,
+    )
+    write_imatrix(path, imatrix, geometry.num_hidden_layers)
+
+
+def import_imatrix(path: Path, geometry: Geometry) -> Statistics:
+    """Moments of inputs from llama.cpp's importance matrix; there are no losses in one.
+
+    It names no model: what binds it to the checkpoint are the names and shapes of its entries.
+
+    Raises:
+        ValidationError: not an importance matrix, damaged, or of another model.
+    """
+    tensors = [t for t in expected_tensors(geometry) if t.role in _MULTIPLIED]
+    found = read_imatrix(
+        path,
+        {t.name: t.shape[-1] for t in tensors},
+        geometry.num_hidden_layers,
+        optional=[t.name for t in tensors if t.role is Role.ROUTER],
+    )
+    text = hashlib.sha256(path.read_bytes()).hexdigest()
+    tokens = max(moments.tokens for moments in found.inputs.values())
+    return Statistics(identity_of(geometry), (text,), tokens, found.inputs, {}, {})

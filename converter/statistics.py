@@ -8,6 +8,7 @@ live only while their layer is quantized.
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -195,7 +196,8 @@ def save_statistics(path: Path, statistics: Statistics) -> None:
         save_file(tensors, part, {"lfmq": json.dumps(header)})
         part.replace(path)
     except (OSError, SafetensorError) as error:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
         raise PlanError(f"{path}: cannot be written ({error})") from error
 
 

@@ -141,3 +141,22 @@ def test_cuda_where_there_is_none(builds):
     done = validate(builds, "--device", "cuda")
     assert done.exit_code == 1
     assert "--device cpu" in done.stderr
+
+
+def test_balanced_statistics_and_an_importance_matrix(tmp_path):
+    """--balance says what it reached; a build takes the importance matrix as statistics."""
+    out, matrix = tmp_path / "s", tmp_path / "m.gguf"
+    words = ["--tokens", 512, "--sequence", 128, "--balance", 2048, "--json"]
+    done = lfmq("calibrate", "sample", "--output", out, "--imatrix", matrix, *words)
+    found = document(done)
+    assert found["tokens"] == 512
+    assert found["balance"]["pool_tokens"] == 2048
+    assert found["balance"]["quota"] == 512
+    assert "balance: 512 of 2,048 tokens" in done.stderr
+    words = ["--statistics", matrix, "--to", "gguf", "--json", "--quiet"]
+    assert document(lfmq("convert", "sample", "--output", tmp_path, *words))["tokens"] == 0
+    refused = lfmq("plan", "sample", "--statistics", matrix, "--to", "gguf", "--budget", "6bpw")
+    assert refused.exit_code == 1
+    assert refused.stderr.startswith("Error: ")
+    wrong = lfmq("calibrate", "sample", "--output", tmp_path / "t", "--balance", 5)
+    assert wrong.exit_code == 2

@@ -147,6 +147,12 @@ plan_options = _packed(
         help="What lfmq calibrate found, or an imatrix of llama.cpp.",
     ),
 )
+balance_option = click.option(
+    "--balance",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Choose the windows from N tokens of the text, so that every expert gets its quota.",
+)
 text_options = _packed(
     "text",
     Text,

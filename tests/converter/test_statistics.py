@@ -282,3 +282,26 @@ def _layer_saved(state) -> int:
 
 def test_names_are_those_of_the_model(sample, statistics):
     assert set(statistics.inputs) <= {t.name for t in expected_tensors(sample.geometry)}
+
+
+def test_an_importance_matrix_and_back(sample, windows, statistics, tmp_path):
+    """Means survive; what an importance matrix does not hold is not there."""
+    path, matrix = tmp_path / "s", tmp_path / "m.gguf"
+    found, _ = calibrate(sample, windows, path, imatrix=matrix)
+    imported = open_statistics(matrix, sample.geometry)
+    assert set(imported.inputs) == set(found.inputs)
+    for name, moments in found.inputs.items():
+        assert imported.inputs[name].tokens == moments.tokens
+        np.testing.assert_allclose(imported.inputs[name].mean, moments.mean, rtol=1e-6)
+    assert imported.tokens == found.tokens
+    assert (imported.losses, imported.layers, imported.shared) == ({}, {}, None)
+    with pytest.raises(PlanError, match=r"m\.gguf: already exists"):
+        calibrate(sample, windows, tmp_path / "t", imatrix=matrix)
+
+
+def test_an_importance_matrix_in_the_old_format(sample, tmp_path):
+    path = tmp_path / "imatrix.dat"
+    name = b"blk.0.ffn_down.weight"
+    path.write_bytes(np.array([84, len(name)], "<i4").tobytes() + name + bytes(100))
+    with pytest.raises(ValidationError, match="--output-format gguf"):
+        open_statistics(path, sample.geometry)
