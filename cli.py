@@ -1,8 +1,6 @@
 """The command line: each command parses, calls one library function and prints."""
 
 import json
-import resource
-import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,6 +21,8 @@ from lfmq.converter.convert import convert as convert_checkpoint
 from lfmq.converter.convert import plan_builds, plan_layouts
 from lfmq.converter.inspect import inspect_checkpoint
 from lfmq.converter.manifest import verify_build
+from lfmq.converter.memory import DEFAULT as DEFAULT_MEMORY
+from lfmq.converter.memory import parse_bytes, peak_resident
 from lfmq.converter.recipe import load_recipe
 from lfmq.converter.text import Windows
 from lfmq.quant.errors import LfmqError
@@ -35,7 +35,7 @@ from lfmq.validation.options import (
     plan_options,
     text_options,
 )
-from lfmq.validation.progress import show_progress
+from lfmq.validation.progress import show_conversion, show_progress
 from lfmq.validation.report import Thresholds
 from lfmq.validation.tables import (
     builds_table,
@@ -229,7 +229,7 @@ def calibrate(
                 "path": str(output),
                 "tokens": found.tokens,
                 "seconds": time.monotonic() - started,
-                "peak_rss_bytes": _peak_rss(),
+                "peak_rss_bytes": peak_resident(),
                 **found.to_json(),
                 **({"balance": balanced.to_json()} if balanced else {}),
                 "experts": [asdict(expert) for expert in coverage],
@@ -274,6 +274,13 @@ def _calibration_text(
 @text_options
 @balance_option
 @click.option("--uncalibrated", is_flag=True, help="Round to nearest, without any text.")
+@click.option(
+    "--memory",
+    default=DEFAULT_MEMORY,
+    show_default=True,
+    metavar="SIZE",
+    help="Most memory to hold without text; with text, hidden states and moments come on top.",
+)
 @click.option("--force", is_flag=True, help="Replace builds that exist.")
 @common_options
 def convert(
@@ -283,6 +290,7 @@ def convert(
     text: Text,
     balance: int | None,
     uncalibrated: bool,
+    memory: str,
     force: bool,
     common: Common,
 ) -> None:
@@ -294,7 +302,7 @@ def convert(
     """
     if uncalibrated and (text.texts or wanted.statistics):
         raise click.UsageError("--uncalibrated excludes --text and --statistics")
-    started = time.monotonic()
+    started, budget = time.monotonic(), parse_bytes(memory)
     opened, base = common.open(checkpoint), load_recipe(wanted.recipe)
     known = wanted.known(opened)
     windows, balanced = None, None
@@ -312,7 +320,7 @@ def convert(
     )
     plan_layouts(opened, widths.plan, wanted.chosen)
     calibration = Calibration(windows) if windows else None
-    with show_progress("quantizing", quiet=common.quiet) as progress:
+    with show_conversion(quiet=common.quiet) as progress:
         builds = convert_checkpoint(
             opened,
             widths.recipe,
@@ -323,6 +331,7 @@ def convert(
             statistics=known,
             force=force,
             threads=common.threads,
+            memory=budget,
             device=common.device,
             progress=progress,
             notice=common.notice,
@@ -332,7 +341,8 @@ def convert(
             {
                 "builds": [build.to_json() for build in builds],
                 "seconds": time.monotonic() - started,
-                "peak_rss_bytes": _peak_rss(),
+                "memory_bytes": budget,
+                "peak_rss_bytes": peak_resident(),
                 "tokens": windows.tokens if windows else 0,
                 **widths.to_json(),
                 **(calibration.to_json() if calibration else {}),
@@ -411,12 +421,6 @@ def validate(
             click.echo(f"missed: {f.path}: {f.figure} is {f.found:.6g}, limit {f.limit:.6g}")
     if not report.passed:
         ctx.exit(THRESHOLD_MISSED)
-
-
-def _peak_rss() -> int:
-    """Most memory the process held, bytes; the system counts kilobytes, macOS bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 if __name__ == "__main__":

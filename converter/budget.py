@@ -16,6 +16,7 @@ from typing import Any
 
 from lfmq.converter.checkpoint import Checkpoint
 from lfmq.converter.collect import collect
+from lfmq.converter.memory import parse_bytes
 from lfmq.converter.plan import resolve_plan
 from lfmq.converter.recipe import Recipe, parse_recipe
 from lfmq.converter.statistics import LOSS_BITS, Statistics, has_losses
@@ -24,9 +25,7 @@ from lfmq.formats.build import Assets, Format
 from lfmq.quant.errors import RecipeError, ValidationError
 from lfmq.quant.types import EXPERT_ROLES, Entry, Geometry, Plan, Role
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20}
-_UNITS["GIB"] = 2**30
-_AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)")
+_PER_WEIGHT = re.compile(r"(\d+(?:\.\d+)?)\s*bpw", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +46,15 @@ def parse_budget(text: str) -> Budget:
     Raises:
         RecipeError: it is none of these.
     """
-    found = _AMOUNT.fullmatch(text.strip())
-    unit = found[2].upper() if found else "?"
-    if found is None or not (unit == "BPW" or unit in _UNITS) or not float(found[1]):
+    found = _PER_WEIGHT.fullmatch(text.strip())
+    if found and float(found[1]):
+        return Budget(float(found[1]), True)
+    try:
+        return Budget(parse_bytes(text), False)
+    except RecipeError as error:
         raise RecipeError(
             f"budget {text!r}: expected bits per weight (5.69bpw) or bytes (6.1GB, 5800MiB)"
-        )
-    if unit == "BPW":
-        return Budget(float(found[1]), True)
-    return Budget(float(found[1]) * _UNITS[unit], False)
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)

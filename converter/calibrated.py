@@ -171,9 +171,10 @@ class _Run:
             weight = quantize_entry(self._checkpoint, self._entries[name])
             yield self._finish({name: weight})
 
-    def _finish(self, weights: Mapping[str, Weight]) -> tuple[Entry, ...]:
+    def _finish(self, weights: Mapping[str, Weight], *, keep: bool = True) -> tuple[Entry, ...]:
+        """Write a unit; keep its values for the layer's forward pass, unless that was done."""
         self._write(weights)
-        for name, weight in weights.items():
+        for name, weight in weights.items() if keep else ():
             values = dequantize(weight) if isinstance(weight, Quantized) else weight
             self._done[name] = values
         return self._units[next(iter(weights))]
@@ -314,7 +315,7 @@ class _Run:
             y.index_add_(0, found.token, found.y)
             y_wanted.index_add_(0, found.token_wanted, found.y_wanted)
             self._calibration.experts.append(found.coverage)
-            yield self._finish(found.weights)
+            yield self._finish(found.weights, keep=False)
         self._states = self._states + y.view_as(self._states)
         self._wanted = self._wanted + y_wanted.view_as(self._wanted)
 

@@ -19,6 +19,7 @@ from lfmq.formats.safetensors_file import (
     read_floats,
     read_header,
     read_tensor,
+    rows_of,
 )
 from lfmq.quant.errors import CheckpointError
 from lfmq.quant.types import Geometry
@@ -58,6 +59,10 @@ class Checkpoint:
             CheckpointError: the file cannot be read or changed meanwhile.
         """
         return read_floats(self.stored[name])
+
+    def read_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
+        """A run of a tensor's rows; see :meth:`read`."""
+        return read_floats(rows_of(self.stored[name], start, stop))
 
 
 def open_checkpoint(folder: Path, name: str | None = None) -> Checkpoint:

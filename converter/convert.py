@@ -11,7 +11,8 @@ from lfmq.converter.calibrated import calibrated_units
 from lfmq.converter.calibration import Calibration
 from lfmq.converter.checkpoint import Checkpoint
 from lfmq.converter.lock import lock_folder
-from lfmq.converter.manifest import write_manifest
+from lfmq.converter.manifest import Made, write_manifest
+from lfmq.converter.memory import DEFAULT, largest_unit, parse_bytes, peak_resident, unit_bytes
 from lfmq.converter.nearest import NotFiniteError, Write, nearest_units
 from lfmq.converter.origin import check_unchanged, depends_on
 from lfmq.converter.plan import bits_per_weight, token_bytes
@@ -23,8 +24,27 @@ from lfmq.formats.writer import BuildWriter
 from lfmq.quant.errors import CheckpointError, PlanError, UnsupportedError, ValidationError
 from lfmq.quant.types import Entry, Plan, Weight
 
-Progress = Callable[[int, int], None]
 Notice = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Amount:
+    """How far a conversion came, or all there is to do.
+
+    Attributes:
+        layers: layers that were begun; of one unit the number of its layer, from 1, or 0.
+        weights: quantized.
+        read: bytes of the checkpoint.
+        written: bytes of all builds.
+    """
+
+    layers: int = 0
+    weights: int = 0
+    read: int = 0
+    written: int = 0
+
+
+Progress = Callable[[Amount, Amount], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +136,7 @@ def convert(
     statistics: Statistics | None = None,
     force: bool = False,
     threads: int = 2,
+    memory: int | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
     notice: Notice | None = None,
@@ -135,8 +156,10 @@ def convert(
         statistics: without calibration, what an error in each column of a weight costs.
         force: replace builds that exist.
         threads: tensors quantized at the same time; the bytes do not depend on it.
+        memory: bytes the process may hold when it rounds to nearest, the default is 2 GB. A tensor
+            that needs more is converted on its own, and a line says so; bytes do not depend on it.
         device: where matrices are multiplied when calibrating.
-        progress: called with weights done and weights in all.
+        progress: called after each unit with what was done for it, and all there is to do.
         notice: called with a line for the user: that a run goes on, or why it starts over.
 
     Raises:
@@ -167,7 +190,8 @@ def convert(
         state = StateFile(output / f"{stem}.resume", json.dumps(depends))
         if calibration is None:
             importance = used.importance if used else None
-            units = nearest_units(checkpoint, plan, write, threads, importance, finished)
+            room = _room(memory, plan, notice)
+            units = nearest_units(checkpoint, plan, write, threads, importance, finished, room)
         else:
             units = calibrated_units(
                 checkpoint,
@@ -180,7 +204,7 @@ def convert(
                 finished=finished,
             )
         try:
-            _run(units, sum(e.size for e in plan.entries), progress)
+            _run(units, _amounts(checkpoint, plan, writers), progress)
         except (NotFiniteError, ValidationError):  # the next run cannot get past it either
             for writer in writers:
                 writer.discard()
@@ -219,8 +243,43 @@ def _finished(writers: list[BuildWriter], units: int, notice: Notice | None) -> 
     return finished
 
 
-def _run(units: Iterator[tuple[Entry, ...]], weights: int, progress: Progress | None) -> None:
+def _room(memory: int | None, plan: Plan, notice: Notice | None) -> int:
+    """Bytes that units in work may hold, beside what the program itself takes."""
+    budget = parse_bytes(DEFAULT) if memory is None else memory
+    room = budget - peak_resident()
+    largest = largest_unit(plan)
+    needed = unit_bytes(largest) + budget - room
+    if needed > budget and notice is not None:
+        notice(
+            f"memory: {largest[0].name} alone takes up to {needed:,} bytes with the program "
+            f"itself, more than the {budget:,} allowed; large tensors are converted one at a time"
+        )
+    return room
+
+
+def _amounts(checkpoint: Checkpoint, plan: Plan, writers: list[BuildWriter]) -> dict[str, Amount]:
+    """What each unit has to do, by its first tensor."""
+    return {
+        unit[0].name: Amount(
+            0 if unit[0].layer is None else unit[0].layer + 1,
+            sum(e.size for e in unit),
+            sum(checkpoint.stored[e.name].nbytes for e in unit),
+            sum(w.nbytes_of(e.name for e in unit) for w in writers),
+        )
+        for unit in plan.units()
+    }
+
+
+def _run(
+    units: Iterator[tuple[Entry, ...]], amounts: Mapping[str, Amount], progress: Progress | None
+) -> None:
     """Have every unit written; whatever stops it, no thread writes after."""
+    total = Amount(
+        max(a.layers for a in amounts.values()),
+        sum(a.weights for a in amounts.values()),
+        sum(a.read for a in amounts.values()),
+        sum(a.written for a in amounts.values()),
+    )
 
     def each() -> Generator[tuple[Entry, ...]]:
         yield from units
@@ -228,7 +287,7 @@ def _run(units: Iterator[tuple[Entry, ...]], weights: int, progress: Progress | 
     with closing(each()) as found:
         for unit in found:
             if progress is not None:
-                progress(sum(e.size for e in unit), weights)
+                progress(amounts[unit[0].name], total)
 
 
 def _name(
@@ -242,7 +301,7 @@ def _name(
     """Give builds and manifest their names; nothing gets one before everything is whole."""
     for writer in writers:
         writer.finish()
-    places = {w.layout.format: (w.target, w.part) for w in writers}
+    places = {w.layout.format: Made(w.target, w.part, w.digests()) for w in writers}
     part = write_manifest(manifest, checkpoint, plan, recipe, places, text_sha256=text_sha256)
     try:
         for writer in writers:

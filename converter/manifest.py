@@ -5,17 +5,37 @@ import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from lfmq.converter.checkpoint import INDEX, Checkpoint
 from lfmq.converter.recipe import Recipe
+from lfmq.formats.journal import digest_of
+from lfmq.formats.writer import read_run
 from lfmq.quant.errors import CheckpointError, PlanError, ValidationError
 from lfmq.quant.types import Entry, Plan, Scheme
 
+# Offset, length, digest and first tensor of each piece of a file, in order.
+Pieces = list[tuple[int, int, str, str]]
+
 LIBRARIES = ("gguf", "numba", "numpy", "onnx", "torch")
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A build about to get its name.
+
+    Attributes:
+        target: its final path.
+        part: where it is now.
+        pieces: of each file (an empty name for a build of one file), what it was written from.
+    """
+
+    target: Path
+    part: Path
+    pieces: Mapping[str, Pieces]
 
 
 def write_manifest(
@@ -23,7 +43,7 @@ def write_manifest(
     checkpoint: Checkpoint,
     plan: Plan,
     recipe: Recipe,
-    builds: Mapping[str, tuple[Path, Path]],
+    builds: Mapping[str, Made],
     *,
     text_sha256: str | None = None,
 ) -> Path:
@@ -37,7 +57,7 @@ def write_manifest(
         checkpoint: whose files are the inputs.
         plan: the storage of every tensor.
         recipe: what the plan came from.
-        builds: by format, the final path and where the bytes are now.
+        builds: by format.
         text_sha256: of the calibration text, if any.
 
     Returns:
@@ -59,7 +79,7 @@ def write_manifest(
     kept = _kept_builds(path, document)
     part = path.with_name(path.name + ".part")
     try:
-        made = {name: _build(target.name, now) for name, (target, now) in builds.items()}
+        made = {name: _build(build) for name, build in builds.items()}
         document["builds"] = dict(sorted((kept | made).items()))
         with part.open("wb") as file:
             file.write((json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
@@ -104,18 +124,27 @@ def _storage(entry: Entry) -> Any:
     return asdict(entry.storage) if isinstance(entry.storage, Scheme) else entry.storage
 
 
-def _build(name: str, now: Path) -> dict[str, Any]:
+def _build(build: Made) -> dict[str, Any]:
+    name, now = build.target.name, build.part
     files = [now] if now.is_file() else sorted(p for p in now.rglob("*") if p.is_file())
-    return {
-        "path": name,
-        "files": {str(Path(name) / p.relative_to(now)): _fingerprint(p) for p in files},
-    }
+    found: dict[str, Any] = {}
+    for path in files:
+        inside = "" if path == now else str(path.relative_to(now))
+        entry = found[str(Path(name) / inside)] = _fingerprint(path)
+        if inside in build.pieces:
+            entry["pieces"] = [" ".join(map(str, piece)) for piece in build.pieces[inside]]
+    return {"path": name, "files": found}
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def _parse_pieces(lines: list[str]) -> Pieces:
+    words = (line.split(" ", 3) for line in lines)
+    return [(int(w[0]), int(w[1]), w[2], w[3]) for w in words]
 
 
 def verify_build(build: Path) -> Path:
@@ -125,19 +154,23 @@ def verify_build(build: Path) -> Path:
         The manifest.
 
     Raises:
-        ValidationError: no manifest names the build, or the first file that differs.
+        ValidationError: no manifest names the build, or the first file that differs, and the
+            first tensor in it.
     """
     manifest, files = _find_manifest(build)
-    for name, (nbytes, digest) in files.items():
+    for name, (nbytes, digest, pieces) in files.items():
         path = build.parent / name
         if not path.is_file():
             raise ValidationError(f"{path}: named by {manifest.name} but missing")
         if path.stat().st_size != nbytes:
             raise ValidationError(
                 f"{path}: {path.stat().st_size:,} bytes, {manifest.name} says {nbytes:,}"
+                f"{_first_difference(path, pieces)}"
             )
         if _fingerprint(path)["sha256"] != digest:
-            raise ValidationError(f"{path}: sha256 differs from {manifest.name}")
+            raise ValidationError(
+                f"{path}: sha256 differs from {manifest.name}{_first_difference(path, pieces)}"
+            )
     known = {str(build.parent / name) for name in files}
     for found in sorted(build.rglob("*")) if build.is_dir() else []:
         if found.is_file() and str(found) not in known:
@@ -145,7 +178,18 @@ def verify_build(build: Path) -> Path:
     return manifest
 
 
-def _find_manifest(build: Path) -> tuple[Path, dict[str, tuple[int, str]]]:
+def _first_difference(path: Path, pieces: Pieces) -> str:
+    """The first tensor that is not as it was written, in words; empty without any tensor."""
+    if not pieces:
+        return ""
+    with path.open("rb") as file:
+        for offset, length, expected, name in pieces:
+            if digest_of(read_run(file.fileno(), offset, length)) != expected:
+                return f"; the first tensor that differs is {name}, at byte {offset:,}"
+    return "; no tensor differs, what lies before, between or after them does"
+
+
+def _find_manifest(build: Path) -> tuple[Path, dict[str, tuple[int, str, Pieces]]]:
     if not build.exists():
         raise ValidationError(f"{build}: no such build")
     for path in sorted(build.parent.glob("*.manifest.json")):
@@ -154,9 +198,12 @@ def _find_manifest(build: Path) -> tuple[Path, dict[str, tuple[int, str]]]:
             for entry in builds.values():
                 if entry["path"] == build.name:
                     files = entry["files"].items()
-                    return path, {str(n): (f["bytes"], f["sha256"]) for n, f in files}
+                    return path, {
+                        str(n): (f["bytes"], f["sha256"], _parse_pieces(f.get("pieces", [])))
+                        for n, f in files
+                    }
         except OSError as error:
             raise ValidationError(f"{path}: cannot be read ({error.strerror})") from error
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise ValidationError(f"{path}: not a readable manifest ({error})") from error
     raise ValidationError(f"{build}: no manifest beside it names this build")

@@ -7,9 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfmq.converter.checkpoint import Checkpoint
+from lfmq.converter.memory import unit_bytes
 from lfmq.quant.errors import CheckpointError
 from lfmq.quant.rtn import quantize
-from lfmq.quant.types import Entry, FloatType, Plan, Scheme, Weight
+from lfmq.quant.types import SLAB, Entry, FloatType, Plan, Quantized, Scheme, Weight
 
 # What an error in each column of a weight costs, [K]; None counts all the same.
 Importance = Callable[[Entry], NDArray[np.float32] | None]
@@ -35,11 +36,21 @@ def nearest_units(
     threads: int,
     importance: Importance | None = None,
     finished: frozenset[str] = frozenset(),
+    room: int = 2**62,
 ) -> Iterator[tuple[Entry, ...]]:
     """Quantize and write the plan's units on a pool, yielding each when it is done.
 
-    At most two wait for each thread, which bounds memory. The codes depend on no other unit: those
-    whose first tensor is in ``finished`` are not even read.
+    The codes depend on no other unit: those whose first tensor is in ``finished`` are not even
+    read.
+
+    Args:
+        checkpoint: whose tensors are read.
+        plan: the storage of each.
+        write: takes a unit's finished weights, from any thread.
+        threads: units at the same time.
+        importance: what an error in each column of a weight costs.
+        finished: first tensors of units that need no work.
+        room: bytes the units in work may hold together; a larger one is alone in it.
 
     Raises:
         CheckpointError: a tensor cannot be read, or holds NaN or Inf.
@@ -51,7 +62,10 @@ def nearest_units(
                 if unit[0].name in finished:
                     yield unit
                     continue
-                if len(waiting) >= 2 * threads:
+                while waiting and (
+                    len(waiting) >= 2 * threads
+                    or sum(map(unit_bytes, waiting.values())) + unit_bytes(unit) > room
+                ):
                     done, _ = wait(waiting, return_when=FIRST_COMPLETED)
                     yield from _finish(waiting, done)
                 waiting[pool.submit(_convert_unit, checkpoint, unit, write, importance)] = unit
@@ -89,15 +103,43 @@ def quantize_entry(
     Raises:
         CheckpointError: it cannot be read, or holds a value its storage cannot.
     """
-    values = checkpoint.read(entry.name)
     if not isinstance(entry.storage, Scheme):
-        if not (abs(values) <= _LARGEST[entry.storage]).all():
+        values = checkpoint.read(entry.name)
+        largest = _LARGEST[entry.storage]
+        if not (-largest <= values.min() and values.max() <= largest):  # a NaN is neither
             raise not_finite(checkpoint, entry.name, entry.storage)
         return values
+    known = importance(entry) if importance else None
     try:
-        return quantize(values, entry.storage, importance(entry) if importance else None)
+        rows = max(1, SLAB // entry.shape[-1])
+        if rows >= entry.shape[0]:
+            return quantize(checkpoint.read(entry.name), entry.storage, known)
+        return _quantize_slabs(checkpoint, entry, entry.storage, known, rows)
     except ValueError as error:
         raise not_finite(checkpoint, entry.name, "float16") from error
+
+
+def _quantize_slabs(
+    checkpoint: Checkpoint,
+    entry: Entry,
+    scheme: Scheme,
+    importance: NDArray[np.float32] | None,
+    rows: int,
+) -> Quantized:
+    """Quantize a large weight [N, K] some rows at a time; no row depends on another."""
+    codes = np.empty(entry.shape, np.uint8)
+    groups = (entry.shape[0], entry.shape[1] // scheme.group)
+    scale, offset = np.empty(groups, np.float16), None
+    for start in range(0, entry.shape[0], rows):
+        run = slice(start, start + rows)
+        values = checkpoint.read_rows(entry.name, run.start, run.stop)
+        found = quantize(values, scheme, importance)
+        codes[run], scale[run] = found.codes, found.scale
+        if found.offset is not None:
+            if offset is None:
+                offset = np.empty(groups, found.offset.dtype)
+            offset[run] = found.offset
+    return Quantized(codes, scale, scheme, offset)
 
 
 def not_finite(checkpoint: Checkpoint, name: str, dtype: str) -> NotFiniteError:

@@ -47,12 +47,15 @@ class Piece:
         nbytes: its length, bytes.
         sources: checkpoint names of the tensors it holds; all belong to one unit of the plan.
         pack: takes the weights in the order of ``sources``, returns contiguous bytes.
+        by_rows: the bytes of a run of rows follow those of the rows before it, so that a large
+            weight can be packed a few rows at a time.
     """
 
     offset: int
     nbytes: int
     sources: tuple[str, ...]
     pack: Callable[..., Bytes]
+    by_rows: bool = False
 
 
 @dataclass(frozen=True, slots=True)

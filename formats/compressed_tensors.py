@@ -163,7 +163,8 @@ def _tensor(
     pack: Callable[[Entry, Any], Bytes],
 ) -> TensorLayout:
     nbytes = TensorLayout(name, dtype, shape, ()).nbytes
-    piece = Piece(0, nbytes, (entry.name,), partial(pack, entry))
+    by_rows = pack is not _pack_shape
+    piece = Piece(0, nbytes, (entry.name,), partial(pack, entry), by_rows=by_rows)
     return TensorLayout(name, dtype, shape, (piece,))
 
 

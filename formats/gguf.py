@@ -163,7 +163,7 @@ def _missing_biases(plan: Plan) -> list[str]:
 def _stack_pieces(stack: _Stack, offset: int) -> Iterator[Piece]:
     nbytes = stack.nbytes // len(stack.entries)
     for entry in stack.entries:
-        yield Piece(offset, nbytes, (entry.name,), _packer(entry))
+        yield Piece(offset, nbytes, (entry.name,), _packer(entry), by_rows=True)
         offset += nbytes
 
 

@@ -2,15 +2,15 @@
 
 A text file beside the build, one JSON object a line, only ever appended to. The first line says
 what the bytes depend on (``depends``); each other one is a finished unit of the plan: the names of
-its tensors and the sha256 of its packed bytes. ``{"whole": INODE}`` ends it, before the build gets
-its name. A killed process loses nothing of what it wrote, a machine without power may lose any of
-it: hashes tell, and a last line without its end does not count.
+its tensors and the digest of each piece of their packed bytes. ``{"whole": INODE}`` ends it,
+before the build gets its name. A killed process loses nothing of what it wrote, a machine without
+power may lose any of it: digests tell, and a last line without its end does not count.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,8 @@ from typing import Any
 
 from lfmq.formats.build import BuildLayout
 
-VERSION = 1
+VERSION = 2
+_DIGITS = 16  # of a digest; it tells damage, not intent
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +29,14 @@ class Past:
 
     Attributes:
         changed: why the build cannot go on; empty when it can.
-        units: sha256 of the packed bytes of each finished unit, by the names of its tensors.
+        units: digests of the pieces of each finished unit, by the names of its tensors.
         whole: inode of the build once every byte was on the disk and it was about to get its name;
             whatever has that inode under the final name is this build and no older one.
         nbytes: length of the journal up to the end of its last whole line.
     """
 
     changed: str = ""
-    units: Mapping[tuple[str, ...], str] = field(default_factory=dict)
+    units: Mapping[tuple[str, ...], tuple[str, ...]] = field(default_factory=dict)
     whole: int | None = None
     nbytes: int = 0
 
@@ -68,7 +69,7 @@ class Journal:
         for key in {**depends, **before}:
             if before.get(key) != depends.get(key):
                 return Past(f"{key} changed")
-        units = {tuple(line["unit"]): str(line.get("sha256")) for line in lines if _is_unit(line)}
+        units = {tuple(line["unit"]): tuple(line["pieces"]) for line in lines if _is_unit(line)}
         ends = [line["whole"] for line in lines if "whole" in line]
         return Past("", units, ends[-1] if ends else None, nbytes)
 
@@ -87,13 +88,13 @@ class Journal:
         flags |= os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
         self._descriptor = os.open(self.path, flags, 0o644)
 
-    def add(self, names: tuple[str, ...], sha256: str) -> None:
+    def add(self, names: tuple[str, ...], pieces: tuple[str, ...]) -> None:
         """A unit whose bytes are all written.
 
         Raises:
             FileNotFoundError: the journal was removed, and so what it stands beside.
         """
-        self._append({"unit": names, "sha256": sha256})
+        self._append({"unit": names, "pieces": pieces})
 
     def end(self, inode: int) -> None:
         """The build is whole; on the disk before anything is renamed."""
@@ -124,6 +125,14 @@ class Journal:
             self.path.unlink()
 
 
+def digest_of(chunks: Iterable[Any]) -> str:
+    """A piece's digest: the first digits of the sha256 of its bytes, which come in chunks."""
+    found = hashlib.sha256()
+    for chunk in chunks:
+        found.update(chunk)
+    return found.hexdigest()[:_DIGITS]
+
+
 def digest(layout: BuildLayout) -> str:
     """sha256 of everything a layout fixes: files, sizes, known bytes, and every piece's place."""
     found = hashlib.sha256()
@@ -145,5 +154,7 @@ def _parse(line: bytes) -> dict[str, Any]:
 
 
 def _is_unit(line: dict[str, Any]) -> bool:
-    names = line.get("unit")
-    return isinstance(names, list) and bool(names) and all(isinstance(n, str) for n in names)
+    lists = [line.get("unit"), line.get("pieces")]
+    return bool(lists[0]) and all(
+        isinstance(words, list) and all(isinstance(word, str) for word in words) for words in lists
+    )

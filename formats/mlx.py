@@ -176,7 +176,8 @@ def _tensor(
     whole = TensorLayout(name, dtype, shape, ())
     nbytes = whole.nbytes // len(entries)
     pieces = tuple(
-        Piece(i * nbytes, nbytes, (e.name,), partial(pack, e)) for i, e in enumerate(entries)
+        Piece(i * nbytes, nbytes, (e.name,), partial(pack, e), by_rows=True)
+        for i, e in enumerate(entries)
     )
     return TensorLayout(name, dtype, shape, pieces)
 

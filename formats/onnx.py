@@ -179,7 +179,7 @@ def _pieces(tensor: DataTensor, offsets: dict[str, int]) -> Iterator[Piece]:
     for index, part in enumerate(tensor.parts):
         nbytes = tensor.nbytes // len(tensor.parts)
         offset = offsets[tensor.name] + index * nbytes
-        yield Piece(offset, nbytes, part.sources, part.pack)
+        yield Piece(offset, nbytes, part.sources, part.pack, part.by_rows)
 
 
 def _config(assets: Assets) -> dict[str, Any]:

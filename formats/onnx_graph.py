@@ -180,7 +180,7 @@ class GraphBuilder:
             packed = (*groups[:-1], zero_nbytes(groups[-1], scheme.bits))
             parts.append(("zero", np.uint8, packed, pack_zero))
         for part, dtype, shape, pack in parts:
-            runs = tuple(Part(s, pack) for s in sources)
+            runs = tuple(Part(s, pack, by_rows=len(s) == 1) for s in sources)
             self.tensors.append(DataTensor(f"{name}.{part}", dtype, shape, runs))
         return [f"{name}.{part}" for part, *_ in parts]
 

@@ -24,6 +24,7 @@ class Part:
 
     sources: tuple[str, ...]
     pack: Callable[..., Bytes]
+    by_rows: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -126,6 +126,19 @@ def part_of(tensor: StoredTensor, index: int) -> StoredTensor:
     )
 
 
+def rows_of(tensor: StoredTensor, start: int, stop: int) -> StoredTensor:
+    """A run of slices of the first axis; it ends where the tensor does."""
+    stop = min(stop, tensor.shape[0])
+    nbytes = tensor.nbytes // tensor.shape[0]
+    return StoredTensor(
+        tensor.path,
+        tensor.dtype,
+        (stop - start, *tensor.shape[1:]),
+        tensor.offset + start * nbytes,
+        (stop - start) * nbytes,
+    )
+
+
 def read_floats(tensor: StoredTensor) -> NDArray[np.float32]:
     """A float tensor as float32, which holds bfloat16 and float16 exactly."""
     values = read_tensor(tensor)

@@ -1,10 +1,10 @@
 """Fills a build layout in: any piece in any order, under a temporary name until it is whole."""
 
 import errno
-import hashlib
+import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -12,11 +12,11 @@ from types import TracebackType
 from typing import Self
 
 from lfmq.formats.build import BuildLayout, FileLayout, Piece
-from lfmq.formats.journal import Journal, Past, digest
+from lfmq.formats.journal import Journal, Past, digest, digest_of
 from lfmq.quant.errors import PlanError
-from lfmq.quant.types import Weight
+from lfmq.quant.types import SLAB, Weight, rows_of
 
-_CHUNK = 2**24  # bytes read at a time to be hashed
+_CHUNK = 2**24  # bytes read at a time to be checked
 _OPEN_FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
 
 
@@ -59,6 +59,7 @@ class BuildWriter:
         self._threads = threads
         self._files: dict[str, int] = {}
         self._by_source: dict[str, list[tuple[str, Piece]]] = {}
+        self._digests: dict[tuple[str, ...], tuple[str, ...]] = {}
         self._kept = self._committed = False
         for file in layout.files:
             for piece in file.pieces:
@@ -151,23 +152,25 @@ class BuildWriter:
             intact = list(pool.map(self._is_intact, past.units, past.units.values()))
         found = [names for names, good in zip(past.units, intact, strict=True) if good]
         self.finished = frozenset(names[0] for names in found)
+        self._digests.update((names, past.units[names]) for names in found)
         self.rewritten = len(past.units) - len(found)
         self._pending.difference_update(*found)
         self._kept = bool(found)
         self._journal.go_on(past)
 
-    def _is_intact(self, names: tuple[str, ...], sha256: str) -> bool:
-        found = hashlib.sha256()
-        for name in names:
-            for path, piece in self._by_source.get(name, ()):
-                at, end = piece.offset, piece.offset + piece.nbytes
-                while at < end:
-                    content = os.pread(self._files[path], min(_CHUNK, end - at), at)
-                    if not content:
-                        return False
-                    found.update(content)
-                    at += len(content)
-        return found.hexdigest() == sha256
+    def _pieces(self, names: Iterable[str]) -> list[tuple[str, Piece]]:
+        return [placed for name in names for placed in self._by_source.get(name, ())]
+
+    def nbytes_of(self, names: Iterable[str]) -> int:
+        """Bytes of the pieces that a unit's tensors fill in."""
+        return sum(piece.nbytes for _, piece in self._pieces(names))
+
+    def _is_intact(self, names: tuple[str, ...], digests: tuple[str, ...]) -> bool:
+        pieces = self._pieces(names)
+        return len(pieces) == len(digests) and all(
+            digest_of(read_run(self._files[path], p.offset, p.nbytes)) == expected
+            for (path, p), expected in zip(pieces, digests, strict=True)
+        )
 
     # ---- filling in
 
@@ -181,24 +184,44 @@ class BuildWriter:
         if names[0] in self.finished:
             return
         try:
-            found = hashlib.sha256()
-            for name in names:
-                for path, piece in self._by_source.get(name, ()):
-                    content = piece.pack(*(weights[source] for source in piece.sources))
-                    if content.nbytes != piece.nbytes:
-                        raise ValueError(
-                            f"{path} at {piece.offset}: {content.nbytes} bytes for a piece of "
-                            f"{piece.nbytes} ({', '.join(piece.sources)})"
-                        )
-                    _write_all(self._files[path], content.data, piece.offset)
-                    found.update(content.data)
-            self._journal.add(names, found.hexdigest())
+            digests = tuple(
+                digest_of(self._write_piece(path, piece, weights))
+                for path, piece in self._pieces(names)
+            )
+            self._journal.add(names, digests)
         except OSError as error:
             raise self._explain(error) from error
+        self._digests[names] = digests
         self._pending.difference_update(names)
         self._kept = True
 
+    def _write_piece(
+        self, path: str, piece: Piece, weights: Mapping[str, Weight]
+    ) -> Iterator[memoryview]:
+        """Pack and write a piece, yielding its bytes as they are written."""
+        at, end = piece.offset, piece.offset + piece.nbytes
+        for parts in _slabs(piece, [weights[source] for source in piece.sources]):
+            content = piece.pack(*parts).data.cast("B")
+            if at + content.nbytes <= end:
+                _write_all(self._files[path], content, at)
+                yield content
+            at += content.nbytes
+        if at != end:
+            raise ValueError(
+                f"{path} at {piece.offset}: {at - piece.offset} bytes for a piece of "
+                f"{piece.nbytes} ({', '.join(piece.sources)})"
+            )
+
     # ---- the end
+
+    def digests(self) -> dict[str, list[tuple[int, int, str, str]]]:
+        """Offset, length, digest and first tensor of each piece written, by file, in order."""
+        found: dict[str, list[tuple[int, int, str, str]]] = {}
+        for names, digests in self._digests.items():
+            for (path, piece), hashed in zip(self._pieces(names), digests, strict=True):
+                place = (piece.offset, piece.nbytes, hashed, piece.sources[0])
+                found.setdefault(path, []).append(place)
+        return {path: sorted(places) for path, places in sorted(found.items())}
 
     def finish(self) -> None:
         """Have every byte on the disk, still under the temporary name.
@@ -274,6 +297,25 @@ class BuildWriter:
         trace: TracebackType | None,
     ) -> None:
         self._leave(done=self._committed and kind is None)
+
+
+def _slabs(piece: Piece, weights: list[Weight]) -> Iterator[list[Weight]]:
+    """The weights of a piece, a large one a few rows at a time where its bytes allow."""
+    shape = weights[0].shape
+    rows = max(1, SLAB * shape[0] // max(1, math.prod(shape)))
+    if not piece.by_rows or rows >= shape[0]:
+        yield weights
+        return
+    for start in range(0, shape[0], rows):
+        yield [rows_of(w, start, start + rows) for w in weights]
+
+
+def read_run(descriptor: int, offset: int, nbytes: int) -> Iterator[bytes]:
+    """A run of a file in chunks; shorter where the file ends."""
+    end = offset + nbytes
+    while offset < end and (content := os.pread(descriptor, min(_CHUNK, end - offset), offset)):
+        yield content
+        offset += len(content)
 
 
 def _gaps(file: FileLayout) -> Iterator[tuple[int, int]]:

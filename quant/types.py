@@ -183,8 +183,23 @@ class Quantized:
     scheme: Scheme
     offset: NDArray[np.float16] | NDArray[np.uint8] | None = None
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        return self.codes.shape
+
 
 Weight = Quantized | NDArray[np.float32]
+
+SLAB = 2**23  # weights of a large tensor that are widened, quantized or packed at a time
+
+
+def rows_of(weight: Weight, start: int, stop: int) -> Weight:
+    """A run of rows of a weight, sharing its memory."""
+    if not isinstance(weight, Quantized):
+        return weight[start:stop]
+    offset = None if weight.offset is None else weight.offset[start:stop]
+    return Quantized(weight.codes[start:stop], weight.scale[start:stop], weight.scheme, offset)
 
 
 def dequantize(q: Quantized) -> NDArray[np.float32]:

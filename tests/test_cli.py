@@ -60,7 +60,7 @@ def test_plan_is_exact(builds):
 
 
 def test_convert(builds):
-    assert {"builds", "seconds", "peak_rss_bytes", "tokens"} <= set(builds)
+    assert {"builds", "seconds", "memory_bytes", "peak_rss_bytes", "tokens"} <= set(builds)
     assert set(builds["builds"][0]) == {"format", "path", "bytes", "bits_per_weight"}
     names = [Path(b["path"]).name for b in builds["builds"]]
     stem = "lfm2moe-tiny-int4"
@@ -69,7 +69,10 @@ def test_convert(builds):
 
 def test_progress_goes_to_stderr_a_line_at_a_time(tmp_path):
     done = lfmq("convert", "sample", "--output", tmp_path, "--to", "gguf", "--tokens", 4096)
-    assert "quantizing: 100 %" in done.stderr.splitlines()
+    lines = [x for x in done.stderr.splitlines() if x.startswith("quantizing: layer ")]
+    assert lines[-1].startswith("quantizing: layer 6 of 6, 100 %, read ")
+    assert lines[-1].endswith("/s, 0 s left")
+    assert len(lines) >= 6
     assert "quantizing" not in done.stdout
     assert "lfm2moe-tiny-int4.gguf" in done.stdout
     assert "fewest tokens" in done.stdout

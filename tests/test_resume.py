@@ -17,7 +17,7 @@ import pytest
 from lfmq.converter import origin
 from lfmq.converter.calibration import Calibration, Settings
 from lfmq.converter.checkpoint import Checkpoint, open_checkpoint
-from lfmq.converter.convert import convert
+from lfmq.converter.convert import Amount, convert
 from lfmq.converter.lock import lock_folder
 from lfmq.converter.plan import resolve_plan
 from lfmq.converter.recipe import load_recipe
@@ -134,10 +134,10 @@ def test_finished_units_are_not_read_again(sample, expected, tmp_path):
     stopped(counting, tmp_path)
     first = set(reads)
     reads.clear()
-    seen: list[tuple[int, int]] = []
+    seen: list[tuple[Amount, Amount]] = []
     lines = run(counting, tmp_path, progress=lambda *step: seen.append(step))
     assert len(first | set(reads)) == len(first) + len(reads) == len(sample.stored)
-    assert sum(step for step, _ in seen) == seen[0][1]
+    assert sum(step.weights for step, _ in seen) == seen[0][1].weights
     assert len(lines) == 1
     finished, units = (int(w) for w in lines[0].split() if w.isdigit())
     assert finished >= 60

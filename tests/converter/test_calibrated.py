@@ -9,7 +9,7 @@ import torch
 from lfmq.converter.calibrated import calibrated_units
 from lfmq.converter.calibration import Calibration
 from lfmq.converter.checkpoint import Checkpoint, open_checkpoint
-from lfmq.converter.convert import convert
+from lfmq.converter.convert import Amount, convert
 from lfmq.converter.forward import Model, run_model
 from lfmq.converter.nearest import nearest_units
 from lfmq.converter.plan import resolve_plan
@@ -194,7 +194,7 @@ def test_a_stopped_run_goes_on_at_a_layer(sample, tmp_path, monkeypatch):
         return real(self, name)
 
     monkeypatch.setattr(Checkpoint, "read", noted)
-    resumed, steps = Calibration(windows), list[int]()
+    resumed, steps = Calibration(windows), list[Amount]()
     convert(
         sample,
         recipe,
@@ -207,7 +207,7 @@ def test_a_stopped_run_goes_on_at_a_layer(sample, tmp_path, monkeypatch):
     )
     assert not any(name.startswith(("model.layers.0.", "model.layers.2.")) for name in read)
     assert any(name.startswith("model.layers.3.") for name in read)
-    assert sum(steps) == sum(e.size for e in plan.entries)
+    assert sum(step.weights for step in steps) == sum(e.size for e in plan.entries)
     assert resumed.to_json() == whole.to_json()
     for name in sorted(p.name for p in (tmp_path / "whole").iterdir()):
         assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

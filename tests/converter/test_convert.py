@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lfmq.converter.checkpoint import Checkpoint, open_checkpoint
-from lfmq.converter.convert import convert
+from lfmq.converter.convert import Amount, convert
 from lfmq.converter.manifest import verify_build
 from lfmq.converter.plan import resolve_plan
 from lfmq.converter.recipe import load_recipe
@@ -57,9 +57,15 @@ def test_a_tensor_is_read_once_for_all_formats(sample, tmp_path):
 
 
 def test_progress_reaches_the_number_of_weights(sample, tmp_path):
-    seen: list[tuple[int, int]] = []
+    seen: list[tuple[Amount, Amount]] = []
     run(sample, tmp_path, "gguf", progress=lambda step, total: seen.append((step, total)))
-    assert sum(step for step, _ in seen) == seen[-1][1] == 16_865_728
+    total = seen[-1][1]
+    assert sum(step.weights for step, _ in seen) == total.weights == 16_865_728
+    assert sum(step.read for step, _ in seen) == total.read
+    assert sum(step.written for step, _ in seen) == total.written
+    assert total.layers == max(step.layers for step, _ in seen) == 6
+    stored = sum(t.nbytes for t in sample.stored.values())
+    assert total.read == stored
 
 
 def test_force_replaces_and_leaves_nothing_else(sample, tmp_path):
@@ -79,10 +85,16 @@ def test_verify_names_the_first_file_that_differs(sample, tmp_path):
     damaged = bytearray(shard.read_bytes())
     damaged[-5] ^= 1
     shard.write_bytes(damaged)
-    with pytest.raises(ValidationError, match=r"mlx/model\.safetensors: sha256 differs"):
+    last = r"; the first tensor that differs is model\.layers\.5\.[a-z0-9_.]+, at byte [0-9,]+$"
+    with pytest.raises(ValidationError, match=r"mlx/model\.safetensors: sha256 differs.*" + last):
+        verify_build(builds["mlx"])
+    damaged[0] ^= 1
+    damaged[-5] ^= 1
+    shard.write_bytes(damaged)
+    with pytest.raises(ValidationError, match=r"differs.*; no tensor differs, what lies before"):
         verify_build(builds["mlx"])
     shard.write_bytes(damaged[:-1])
-    with pytest.raises(ValidationError, match=r"bytes, .*manifest"):
+    with pytest.raises(ValidationError, match=r"bytes, .*manifest\.json says [0-9,]+" + last):
         verify_build(builds["mlx"])
     shard.unlink()
     with pytest.raises(ValidationError, match="missing"):

@@ -1,0 +1,120 @@
+"""What a unit is said to hold is what it holds; less room changes the order of work, no byte."""
+
+import threading
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from lfmq.converter.checkpoint import open_checkpoint
+from lfmq.converter.convert import convert
+from lfmq.converter.memory import largest_unit, parse_bytes, peak_resident, unit_bytes
+from lfmq.converter.nearest import nearest_units, quantize_entry
+from lfmq.converter.plan import resolve_plan
+from lfmq.converter.recipe import load_recipe, parse_recipe
+from lfmq.formats.registry import FORMATS
+from lfmq.formats.writer import BuildWriter
+from lfmq.quant.errors import RecipeError
+from lfmq.quant.types import rows_of
+
+FLOATS = """
+[[rule]]
+float = "float16"
+
+[[rule]]
+roles = ["experts"]
+bits = 4
+group = 32
+"""
+
+
+@pytest.fixture(scope="module")
+def sample(sample_folder):
+    return open_checkpoint(sample_folder)
+
+
+def layouts(checkpoint, plan):
+    return {name: f.layout(plan, checkpoint.assets) for name, f in FORMATS.items()}
+
+
+@pytest.mark.parametrize("name", ["int4", "int8", "int4-all", "floats"])
+def test_a_unit_holds_no_more_than_it_is_said_to(sample, tmp_path, monkeypatch, name):
+    for module in ("converter.nearest", "converter.memory", "formats.writer"):
+        monkeypatch.setattr(f"lfmq.{module}.SLAB", 2**18)
+    recipe = parse_recipe(FLOATS, name, name) if name == "floats" else load_recipe(name)
+    plan = resolve_plan(sample.geometry, recipe)
+    for format_name, layout in layouts(sample, plan).items():
+        with BuildWriter(tmp_path / format_name, layout) as writer:
+            for unit in plan.units():
+                if sum(e.size for e in unit) < 2**15:
+                    continue  # Python's own objects outweigh it
+                quantize_entry(sample, unit[0])  # compiled and loaded before it counts
+                tracemalloc.start()
+                writer.write({e.name: quantize_entry(sample, e) for e in unit})
+                _, peak = tracemalloc.get_traced_memory()
+                tracemalloc.stop()
+                assert peak <= unit_bytes(unit) + 2**17, (format_name, unit[0].name)
+
+
+def test_runs_of_rows_pack_to_the_bytes_of_the_whole(sample):
+    plan = resolve_plan(sample.geometry, load_recipe("int4"))
+    entries = {e.name: e for e in plan.entries}
+    checked = 0
+    for layout in layouts(sample, plan).values():
+        for piece in (p for file in layout.files for p in file.pieces if p.by_rows):
+            name = piece.sources[0]
+            if ".experts." in name and not name.endswith(".experts.3.w2.weight"):
+                continue
+            weight = quantize_entry(sample, entries[name])
+            cut = max(1, weight.shape[0] // 3)
+            runs = [rows_of(weight, 0, cut), rows_of(weight, cut, weight.shape[0])]
+            whole = piece.pack(weight)
+            assert np.array_equal(whole, np.concatenate([piece.pack(run) for run in runs]))
+            assert whole.nbytes == piece.nbytes
+            checked += 1
+    assert checked > 300
+
+
+def read_all(folder):
+    return {p.name: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_the_bytes_do_not_depend_on_the_memory(sample, tmp_path, monkeypatch):
+    recipe = load_recipe("int4")
+    plan = resolve_plan(sample.geometry, recipe)
+    lines: list[str] = []
+    convert(sample, recipe, plan, FORMATS, tmp_path / "much", notice=lines.append)
+    assert lines == []
+    for module in ("converter.nearest", "converter.memory", "formats.writer"):
+        monkeypatch.setattr(f"lfmq.{module}.SLAB", 2**14)
+    convert(sample, recipe, plan, FORMATS, tmp_path / "little", memory=1, notice=lines.append)
+    (line,) = lines
+    assert line.startswith(f"memory: {largest_unit(plan)[0].name} alone takes up to ")
+    assert read_all(tmp_path / "much") == read_all(tmp_path / "little")
+
+
+def test_units_in_work_fit_the_room(sample):
+    plan = resolve_plan(sample.geometry, load_recipe("int4"))
+    by_name = {unit[0].name: unit_bytes(unit) for unit in plan.units()}
+    lock, held, most = threading.Lock(), [0], [0]
+
+    def write(weights):
+        with lock:
+            held[0] += by_name[next(iter(weights))]
+            most[0] = max(most[0], held[0])
+        with lock:
+            held[0] -= by_name[next(iter(weights))]
+
+    room = max(by_name.values())
+    assert len(list(nearest_units(sample, plan, write, 4, room=room))) == len(by_name)
+    assert most[0] <= room
+
+
+def test_sizes():
+    assert [parse_bytes(t) for t in ("2GB", "5800MiB", " 1.5 kb", "12")] == [
+        2_000_000_000, 5800 * 2**20, 1500, 12,
+    ]  # fmt: skip
+    for text in ("", "0", "-1GB", "2 potatoes", "5bpw", "GB"):
+        with pytest.raises(RecipeError, match="expected bytes"):
+            parse_bytes(text)
+    assert peak_resident() > 2**24
