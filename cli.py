@@ -76,6 +76,13 @@ def _one_line(text: str) -> str:
 checkpoint_argument = click.argument("checkpoint")
 
 
+cluster_option = click.option(
+    "--cluster",
+    metavar="ADDRESS",
+    help="Work on a running Ray cluster; every machine sees the folders under the same paths.",
+)
+
+
 def _example(command: str) -> str:
     return f"\b\nExample:\n    {command}"
 
@@ -191,6 +198,7 @@ def plan(
     help="Also write llama.cpp's importance matrix.",
 )
 @balance_option
+@cluster_option
 @click.option("--force", is_flag=True, help="Replace a file that exists.")
 @common_options
 def calibrate(
@@ -200,6 +208,7 @@ def calibrate(
     merge: tuple[Path, ...],
     imatrix: Path | None,
     balance: int | None,
+    cluster: str | None,
     force: bool,
     common: Common,
 ) -> None:
@@ -221,6 +230,7 @@ def calibrate(
             force=force,
             threads=common.threads,
             device=common.device,
+            cluster=cluster,
             progress=progress,
         )
     if common.as_json:
@@ -281,6 +291,7 @@ def _calibration_text(
     metavar="SIZE",
     help="Most memory to hold without text; with text, hidden states and moments come on top.",
 )
+@cluster_option
 @click.option("--force", is_flag=True, help="Replace builds that exist.")
 @common_options
 def convert(
@@ -291,6 +302,7 @@ def convert(
     balance: int | None,
     uncalibrated: bool,
     memory: str,
+    cluster: str | None,
     force: bool,
     common: Common,
 ) -> None:
@@ -333,6 +345,7 @@ def convert(
             threads=common.threads,
             memory=budget,
             device=common.device,
+            cluster=cluster,
             progress=progress,
             notice=common.notice,
         )

@@ -36,6 +36,7 @@ def calibrate(
     force: bool = False,
     threads: int = 2,
     device: str = "cpu",
+    cluster: str | None = None,
     progress: Progress | None = None,
 ) -> tuple[Statistics, list[ExpertCoverage]]:
     """Gather statistics and write them; a run that was killed goes on where it was.
@@ -49,6 +50,7 @@ def calibrate(
         force: replace a file that exists.
         threads: batches and experts at a time.
         device: where matrices are multiplied.
+        cluster: address of a Ray cluster that does the work.
         progress: called with 1 and the number of layers after each layer.
 
     Raises:
@@ -63,7 +65,13 @@ def calibrate(
     others = [load_statistics(path, checkpoint.geometry) for path in merge]
     state = StateFile(output.with_name(output.name + ".resume"), _key(checkpoint, windows))
     found, coverage = collect(
-        checkpoint, windows, threads=threads, device=device, state=state, progress=progress
+        checkpoint,
+        windows,
+        threads=threads,
+        device=device,
+        cluster=cluster,
+        state=state,
+        progress=progress,
     )
     for other in others:
         found = found.merge(other)

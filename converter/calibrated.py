@@ -17,9 +17,9 @@ Results do not depend on the number of threads: work is cut into fixed batches a
 runs single-threaded in each, and sums are taken in order.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,6 +39,7 @@ from lfmq.converter.forward import Model, embed, mix_tokens, normed, route
 from lfmq.converter.nearest import Write, not_finite, quantize_entry
 from lfmq.converter.passes import batches, steady_torch
 from lfmq.converter.statefile import StateFile
+from lfmq.converter.workers import Workers, open_workers
 from lfmq.quant import gptq
 from lfmq.quant.ridge import ridge_factor, step_toward
 from lfmq.quant.types import Entry, Plan, Quantized, Scheme, Weight, dequantize
@@ -56,6 +57,7 @@ def calibrated_units(
     threads: int,
     *,
     device: str = "cpu",
+    cluster: str | None = None,
     state: StateFile | None = None,
     finished: frozenset[str] = frozenset(),
 ) -> Iterator[tuple[Entry, ...]]:
@@ -68,6 +70,7 @@ def calibrated_units(
         write: gets each unit.
         threads: batches and experts at a time.
         device: where matrices are multiplied.
+        cluster: address of a Ray cluster that does the work.
         state: where the hidden states are saved after each layer, and taken up from when every
             unit before them is finished.
         finished: the first tensors of units written by an earlier run.
@@ -76,13 +79,9 @@ def calibrated_units(
         CheckpointError: a tensor cannot be read, or holds NaN or Inf.
         ValidationError: a hidden state is not finite, or a token is outside the vocabulary.
     """
-    with steady_torch(), ThreadPoolExecutor(threads) as pool:
-        run = _Run(checkpoint, plan, calibration, write, pool, device)
-        try:
-            yield from run.units(state, finished)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    with steady_torch(), open_workers(threads, cluster) as workers:
+        run = _Run(checkpoint, plan, calibration, write, workers, device)
+        yield from run.units(state, finished)
 
 
 class _Run:
@@ -94,7 +93,7 @@ class _Run:
         plan: Plan,
         calibration: Calibration,
         write: Write,
-        pool: ThreadPoolExecutor,
+        workers: Workers,
         device: str,
     ) -> None:
         self._checkpoint = checkpoint
@@ -103,13 +102,17 @@ class _Run:
         self._calibration = calibration
         self._settings = calibration.settings
         self._write = write
-        self._pool = pool
+        self._workers = workers
         self._done: dict[str, NDArray[np.float32]] = {}
         self._reference = Model(plan.geometry, checkpoint.read, device=device)
         self._model = Model(plan.geometry, self._read, device=device)
         ids = calibration.windows.ids
         self._windows = ids.shape
         self._parts = batches(*ids.shape)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For workers in other processes: all but what writes and what hands out work."""
+        return self.__dict__ | {"_workers": None, "_write": None}
 
     def _read(self, name: str) -> NDArray[np.float32]:
         found = self._done.get(name)
@@ -200,50 +203,51 @@ class _Run:
             floats = ["self_attn.q_layernorm", "self_attn.k_layernorm"]
         yield from self._plain(*(f"{prefix}{n}.weight" for n in ("operator_norm", *floats)))
         norm = prefix + "operator_norm.weight"
-        batches = self._batches(
-            lambda part: (
-                normed(self._model, norm, self._states[part]),
-                normed(self._reference, norm, self._wanted[part]),
-                None,
-            )
-        )
-        yield from self._shared(
-            [f"{prefix}{n}.weight" for n in first], batches, self._settings.ridge
-        )
+
+        def inputs(part: slice) -> "_Batch":
+            x = normed(self._model, norm, self._states[part])
+            return x, normed(self._reference, norm, self._wanted[part]), None
+
+        names = [f"{prefix}{n}.weight" for n in first]
+        yield from self._shared(names, inputs, self._settings.ridge)
         out = f"{prefix}{last}.weight"
-        batches = self._batches(
-            lambda part: (
+
+        def mixed(part: slice) -> "_Batch":
+            return (
                 _input_of(self._model, layer, self._states[part], out),
                 _input_of(self._reference, layer, self._wanted[part], out),
                 (self._wanted[part] - self._states[part]).flatten(0, 1),
             )
-        )
-        yield from self._shared([out], batches, self._settings.residual_ridge)
+
+        yield from self._shared([out], mixed, self._settings.residual_ridge)
         self._states = self._map(lambda p: mix_tokens(self._model, layer, self._states[p]))
         self._wanted = self._map(lambda p: mix_tokens(self._reference, layer, self._wanted[p]))
 
     def _map(self, function: Callable[[slice], torch.Tensor]) -> torch.Tensor:
-        return torch.cat(list(self._pool.map(function, self._parts)))
-
-    def _batches(self, function: "Callable[[slice], _Batch]") -> "Iterable[_Batch]":
-        return self._pool.map(function, self._parts)
+        return torch.cat(list(self._workers.map(function, self._parts)))
 
     # ---- weights every token reads
 
     def _shared(
-        self, names: list[str], batches: "Iterable[_Batch]", ridge: float | None
+        self, names: list[str], inputs: "Callable[[slice], _Batch]", ridge: float | None
     ) -> Iterator[tuple[Entry, ...]]:
         """Weights that share their inputs: moments and steps from all batches, then rounding."""
         weights = {n: self._reference.weight(n) for n in names}
         moments: torch.Tensor | None = None
         missing: dict[str, torch.Tensor] = {}
-        for x, wanted, lacking in batches:
-            part = x.T @ x
-            moments = part if moments is None else moments + part
+
+        def sums(part: slice) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            x, wanted, lacking = inputs(part)
+            gaps = {}
             for name, w in weights.items():
                 gap = F.linear(wanted - x, w)
-                gap = gap if lacking is None else gap + lacking
-                missing[name] = missing.get(name, 0) + gap.T @ x
+                gaps[name] = (gap if lacking is None else gap + lacking).T @ x
+            return x.T @ x, gaps
+
+        for part, gaps in self._workers.map(sums, self._parts):
+            moments = part if moments is None else moments.add_(part)
+            for name, gap in gaps.items():
+                missing[name] = gap if name not in missing else missing[name].add_(gap)
         assert moments is not None
         check_moments(moments, f"the inputs of {names[0]}")
         factor = None if ridge is None else ridge_factor(moments, ridge)
@@ -253,7 +257,7 @@ class _Run:
             w = step_toward(weights[name], factor, missing[name])
             return name, self._quantize(name, w.cpu().numpy(), ready)
 
-        for name, weight in self._pool.map(finish, names):
+        for name, weight in self._workers.map(finish, names):
             yield self._finish({name: weight})
 
     def _dense(self, layer: int, prefix: str) -> Iterator[tuple[Entry, ...]]:
@@ -266,7 +270,7 @@ class _Run:
             return x, normed(self._reference, norm, self._wanted[part])
 
         yield from self._shared(
-            [gate, up], self._batches(lambda part: (*inputs(part), None)), self._settings.ridge
+            [gate, up], lambda part: (*inputs(part), None), self._settings.ridge
         )
         own, reference = self._pair(self._model, gate, up), self._pair(self._reference, gate, up)
 
@@ -275,7 +279,7 @@ class _Run:
             lacking = (self._wanted[part] - self._states[part]).flatten(0, 1)
             return gated(x, *own), gated(wanted, *reference), lacking
 
-        yield from self._shared([down], self._batches(inner), self._settings.residual_ridge)
+        yield from self._shared([down], inner, self._settings.residual_ridge)
         w2, w2_reference = self._model.weight(down), self._reference.weight(down)
 
         def add(part: slice) -> torch.Tensor:
@@ -311,7 +315,7 @@ class _Run:
         def quantize(expert: int) -> FinishedExpert:
             return quantize_expert(inputs, expert, self._checkpoint.read, self._quantize)
 
-        for found in self._pool.map(quantize, experts):
+        for found in self._workers.map(quantize, experts):
             y.index_add_(0, found.token, found.y)
             y_wanted.index_add_(0, found.token_wanted, found.y_wanted)
             self._calibration.experts.append(found.coverage)

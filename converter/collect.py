@@ -9,7 +9,7 @@ W windows, S tokens a window, T = W * S, H hidden size, C windows of the streams
 """
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from lfmq.converter.statefile import StateFile
 from lfmq.converter.statistics import LOSS_BITS, Sensitivity, Statistics, identity_of
 from lfmq.converter.tensors import expected_tensors
 from lfmq.converter.text import Windows
+from lfmq.converter.workers import Workers, open_workers
 from lfmq.quant import gptq, rtn
 from lfmq.quant.types import SHARED_ROLES, InputMoments, Quantized, Scheme, Weight, dequantize
 
@@ -56,6 +57,7 @@ def collect(
     *,
     threads: int = 2,
     device: str = "cpu",
+    cluster: str | None = None,
     state: StateFile | None = None,
     progress: Progress | None = None,
 ) -> tuple[Statistics, list[ExpertCoverage]]:
@@ -68,6 +70,7 @@ def collect(
         windows: the calibration text.
         threads: batches and experts at a time.
         device: where matrices are multiplied.
+        cluster: address of a Ray cluster that does the work.
         state: where the pass is saved after each layer, and resumed from.
         progress: called with 1 and the number of layers after each layer.
 
@@ -75,12 +78,8 @@ def collect(
         CheckpointError: a tensor cannot be read.
         ValidationError: a hidden state is not finite, or a token is outside the vocabulary.
     """
-    with steady_torch(), ThreadPoolExecutor(threads) as pool:
-        try:
-            return _Pass(checkpoint, windows, pool, state, device).run(progress)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    with steady_torch(), open_workers(threads, cluster) as workers:
+        return _Pass(checkpoint, windows, workers, state, device).run(progress)
 
 
 class _Pass:
@@ -90,11 +89,11 @@ class _Pass:
         self,
         checkpoint: Checkpoint,
         windows: Windows,
-        pool: ThreadPoolExecutor,
+        workers: Workers,
         state: StateFile | None,
         device: str,
     ) -> None:
-        self._checkpoint, self._windows, self._pool = checkpoint, windows, pool
+        self._checkpoint, self._windows, self._workers = checkpoint, windows, workers
         self._file = state
         self._geometry = checkpoint.geometry
         self._shared_names = {
@@ -107,6 +106,10 @@ class _Pass:
         self._losses: dict[str, tuple[float, ...]] = {}
         self._errors: dict[int, float] = {}
         self._coverage: list[ExpertCoverage] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For workers in other processes: all but what hands out work."""
+        return self.__dict__ | {"_workers": None}
 
     def _read_rounded(self, name: str) -> NDArray[np.float32]:
         values = self._checkpoint.read(name)
@@ -190,7 +193,7 @@ class _Pass:
             for model, stream in zip(models, self._streams, strict=True)
             for part in self._parts(len(stream))
         ]
-        done = list(self._pool.map(lambda w: run(*w), work))
+        done = list(self._workers.map(lambda w: run(*w), work))
         size = len(done) // len(self._streams)
         return [torch.cat(done[i : i + size]) for i in range(0, len(done), size)]
 
@@ -209,7 +212,7 @@ class _Pass:
             return run(self._states[part], observe), seen
 
         states = []
-        for output, seen in self._pool.map(one, self._parts(len(self._states))):
+        for output, seen in self._workers.map(one, self._parts(len(self._states))):
             states.append(output)
             for name, found in seen.items():
                 _add(self._inputs, name, found)
@@ -233,7 +236,7 @@ class _Pass:
         norm = prefix + "ffn_norm.weight"
         x = torch.cat(
             list(
-                self._pool.map(
+                self._workers.map(
                     lambda p: normed(self._model, norm, self._states[p]),
                     self._parts(len(self._states)),
                 )
@@ -248,7 +251,9 @@ class _Pass:
             found = quantize_expert(inputs, expert, self._checkpoint.read, self._narrow)
             return found, *self._expert(inputs, expert, found)
 
-        for found, moments, losses in self._pool.map(measure, range(self._geometry.num_experts)):
+        for found, moments, losses in self._workers.map(
+            measure, range(self._geometry.num_experts)
+        ):
             y.index_add_(0, found.token_wanted, found.y_wanted)
             rounded.index_add_(0, found.token, found.y)
             self._coverage.append(found.coverage)
@@ -322,7 +327,7 @@ class _Pass:
             return sums
 
         states = [hidden(stream) for stream in self._streams]
-        total = np.sum(list(self._pool.map(divergences, parts)), axis=0)
+        total = np.sum(list(self._workers.map(divergences, parts)), axis=0)
         return [float(t) for t in total / len(wanted)]
 
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,7 @@ def convert(
     threads: int = 2,
     memory: int | None = None,
     device: str = "cpu",
+    cluster: str | None = None,
     progress: Progress | None = None,
     notice: Notice | None = None,
 ) -> tuple[Build, ...]:
@@ -159,6 +161,8 @@ def convert(
         memory: bytes the process may hold when it rounds to nearest, the default is 2 GB. A tensor
             that needs more is converted on its own, and a line says so; bytes do not depend on it.
         device: where matrices are multiplied when calibrating.
+        cluster: address of a Ray cluster that does the work; every machine sees checkpoint and
+            output under the same paths. The bytes do not depend on it.
         progress: called after each unit with what was done for it, and all there is to do.
         notice: called with a line for the user: that a run goes on, or why it starts over.
 
@@ -191,7 +195,17 @@ def convert(
         if calibration is None:
             importance = used.importance if used else None
             room = _room(memory, plan, notice)
-            units = nearest_units(checkpoint, plan, write, threads, importance, finished, room)
+            units = nearest_units(
+                checkpoint,
+                plan,
+                _Fillers(writers) if cluster else write,
+                threads,
+                importance,
+                finished,
+                room,
+                cluster=cluster,
+                record=partial(_record, writers) if cluster else None,
+            )
         else:
             units = calibrated_units(
                 checkpoint,
@@ -200,6 +214,7 @@ def convert(
                 write,
                 threads,
                 device=device,
+                cluster=cluster,
                 state=state,
                 finished=finished,
             )
@@ -227,6 +242,23 @@ def _write_to(writers: list[BuildWriter]) -> Write:
             writer.write(weights)
 
     return write
+
+
+class _Fillers:
+    """Fills in all builds, in another process."""
+
+    def __init__(self, writers: list[BuildWriter]) -> None:
+        self._fillers = [writer.filler for writer in writers]
+
+    def __call__(self, weights: Mapping[str, Weight]) -> list[tuple[str, ...]]:
+        return [filler.fill_alone(weights) for filler in self._fillers]
+
+
+def _record(
+    writers: list[BuildWriter], unit: tuple[Entry, ...], digests: list[tuple[str, ...]]
+) -> None:
+    for writer, found in zip(writers, digests, strict=True):
+        writer.record(tuple(entry.name for entry in unit), found)
 
 
 def _finished(writers: list[BuildWriter], units: int, notice: Notice | None) -> frozenset[str]:

@@ -1,21 +1,26 @@
 """Round to nearest: every unit of the plan on its own, in any order, from any thread."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lfmq.converter.checkpoint import Checkpoint
 from lfmq.converter.memory import unit_bytes
+from lfmq.converter.workers import open_workers
 from lfmq.quant.errors import CheckpointError
 from lfmq.quant.rtn import quantize
 from lfmq.quant.types import SLAB, Entry, FloatType, Plan, Quantized, Scheme, Weight
 
 # What an error in each column of a weight costs, [K]; None counts all the same.
 Importance = Callable[[Entry], NDArray[np.float32] | None]
-# Hands a unit's finished weights to every writer.
-Write = Callable[[Mapping[str, Weight]], None]
+# Hands a unit's finished weights to every writer; may run in another process.
+Write = Callable[[Mapping[str, Weight]], Any]
+# Takes in this process what Write returned for a unit.
+Record = Callable[[tuple[Entry, ...], Any], None]
 
 # Largest finite value of each float type; beyond it a cast gives Inf.
 _LARGEST: dict[FloatType, float] = {
@@ -37,6 +42,9 @@ def nearest_units(
     importance: Importance | None = None,
     finished: frozenset[str] = frozenset(),
     room: int = 2**62,
+    *,
+    cluster: str | None = None,
+    record: Record | None = None,
 ) -> Iterator[tuple[Entry, ...]]:
     """Quantize and write the plan's units on a pool, yielding each when it is done.
 
@@ -46,53 +54,58 @@ def nearest_units(
     Args:
         checkpoint: whose tensors are read.
         plan: the storage of each.
-        write: takes a unit's finished weights, from any thread.
+        write: takes a unit's finished weights, from any thread, on a cluster in any process.
         threads: units at the same time.
         importance: what an error in each column of a weight costs.
         finished: first tensors of units that need no work.
         room: bytes the units in work may hold together; a larger one is alone in it.
+        cluster: address of a Ray cluster to run on instead; ``room`` is then each process's own.
+        record: gets what ``write`` returned.
 
     Raises:
         CheckpointError: a tensor cannot be read, or holds NaN or Inf.
     """
-    waiting: dict[Future[None], tuple[Entry, ...]] = {}
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for unit in plan.units():
-                if unit[0].name in finished:
-                    yield unit
-                    continue
-                while waiting and (
-                    len(waiting) >= 2 * threads
-                    or sum(map(unit_bytes, waiting.values())) + unit_bytes(unit) > room
-                ):
-                    done, _ = wait(waiting, return_when=FIRST_COMPLETED)
-                    yield from _finish(waiting, done)
-                waiting[pool.submit(_convert_unit, checkpoint, unit, write, importance)] = unit
-            while waiting:
+    waiting: dict[Future[Any], tuple[Entry, ...]] = {}
+    job = partial(_convert_unit, checkpoint, write, importance)
+    with open_workers(threads, cluster) as workers:
+        if workers.remote:
+            room = room * workers.count
+        for unit in plan.units():
+            if unit[0].name in finished:
+                yield unit
+                continue
+            while waiting and (
+                len(waiting) >= 2 * workers.count
+                or sum(map(unit_bytes, waiting.values())) + unit_bytes(unit) > room
+            ):
                 done, _ = wait(waiting, return_when=FIRST_COMPLETED)
-                yield from _finish(waiting, done)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+                yield from _finish(waiting, done, record)
+            waiting[workers.submit(job, unit)] = unit
+        while waiting:
+            done, _ = wait(waiting, return_when=FIRST_COMPLETED)
+            yield from _finish(waiting, done, record)
 
 
 def _finish(
-    waiting: dict[Future[None], tuple[Entry, ...]], done: Iterable[Future[None]]
+    waiting: dict[Future[Any], tuple[Entry, ...]],
+    done: Iterable[Future[Any]],
+    record: Record | None,
 ) -> Iterator[tuple[Entry, ...]]:
     for future in done:
         unit = waiting.pop(future)
-        future.result()
+        found = future.result()
+        if record is not None:
+            record(unit, found)
         yield unit
 
 
 def _convert_unit(
     checkpoint: Checkpoint,
-    unit: tuple[Entry, ...],
     write: Write,
     importance: Importance | None,
-) -> None:
-    write({entry.name: quantize_entry(checkpoint, entry, importance) for entry in unit})
+    unit: tuple[Entry, ...],
+) -> Any:
+    return write({entry.name: quantize_entry(checkpoint, entry, importance) for entry in unit})
 
 
 def quantize_entry(

@@ -20,6 +20,78 @@ _CHUNK = 2**24  # bytes read at a time to be checked
 _OPEN_FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
 
 
+class Filler:
+    """Packs weights and writes them where they belong, in any process that sees the files.
+
+    Attributes:
+        part: the build under its temporary name.
+        finished: first tensors of units that are there already.
+    """
+
+    def __init__(self, part: Path, layout: BuildLayout, finished: frozenset[str]) -> None:
+        self.part = part
+        self.finished = finished
+        self._by_source: dict[str, list[tuple[str, Piece]]] = {}
+        for file in layout.files:
+            for piece in file.pieces:
+                self._by_source.setdefault(piece.sources[0], []).append((file.path, piece))
+
+    def pieces(self, names: Iterable[str]) -> list[tuple[str, Piece]]:
+        """Pieces that a unit's tensors fill in, each with its file."""
+        return [placed for name in names for placed in self._by_source.get(name, ())]
+
+    def fill(self, weights: Mapping[str, Weight], files: Mapping[str, int]) -> tuple[str, ...]:
+        """Pack and write every piece made of these tensors; the digest of each.
+
+        Raises:
+            OSError: the file system refused.
+        """
+        return tuple(
+            digest_of(_write_piece(path, files[path], piece, weights))
+            for path, piece in self.pieces(weights)
+        )
+
+    def fill_alone(self, weights: Mapping[str, Weight]) -> tuple[str, ...]:
+        """The same with files opened for it and closed after, which shared storage wants.
+
+        Raises:
+            PlanError: the file system refused.
+        """
+        if next(iter(weights)) in self.finished:
+            return ()
+        paths = {path for path, _ in self.pieces(weights)}
+        files: dict[str, int] = {}
+        try:
+            for path in sorted(paths):
+                place = self.part / path if path else self.part
+                files[path] = os.open(place, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+            return self.fill(weights, files)
+        except OSError as error:
+            reason = error.strerror or error
+            raise PlanError(f"{self.part}: cannot be written ({reason})") from error
+        finally:
+            for descriptor in files.values():
+                os.close(descriptor)
+
+
+def _write_piece(
+    path: str, descriptor: int, piece: Piece, weights: Mapping[str, Weight]
+) -> Iterator[memoryview]:
+    """Pack and write a piece, yielding its bytes as they are written."""
+    at, end = piece.offset, piece.offset + piece.nbytes
+    for parts in _slabs(piece, [weights[source] for source in piece.sources]):
+        content = piece.pack(*parts).data.cast("B")
+        if at + content.nbytes <= end:
+            _write_all(descriptor, content, at)
+            yield content
+        at += content.nbytes
+    if at != end:
+        raise ValueError(
+            f"{path} at {piece.offset}: {at - piece.offset} bytes for a piece of "
+            f"{piece.nbytes} ({', '.join(piece.sources)})"
+        )
+
+
 class BuildWriter:
     """Writes one build beside its final name and renames it when every piece is there.
 
@@ -58,13 +130,10 @@ class BuildWriter:
         self._depends = {**(depends or {}), "the layout of the build": digest(layout)}
         self._threads = threads
         self._files: dict[str, int] = {}
-        self._by_source: dict[str, list[tuple[str, Piece]]] = {}
+        self._filler = Filler(self.part, layout, self.finished)
         self._digests: dict[tuple[str, ...], tuple[str, ...]] = {}
         self._kept = self._committed = False
-        for file in layout.files:
-            for piece in file.pieces:
-                self._by_source.setdefault(piece.sources[0], []).append((file.path, piece))
-        self._pending = set(self._by_source)
+        self._pending = {p.sources[0] for file in layout.files for p in file.pieces}
         try:
             self._past = self._journal.read(self._depends)
         except OSError as error:
@@ -158,15 +227,17 @@ class BuildWriter:
         self._kept = bool(found)
         self._journal.go_on(past)
 
-    def _pieces(self, names: Iterable[str]) -> list[tuple[str, Piece]]:
-        return [placed for name in names for placed in self._by_source.get(name, ())]
+    @property
+    def filler(self) -> Filler:
+        """For workers in other processes; what they wrote is told to :meth:`record`."""
+        return Filler(self.part, self.layout, self.finished)
 
     def nbytes_of(self, names: Iterable[str]) -> int:
         """Bytes of the pieces that a unit's tensors fill in."""
-        return sum(piece.nbytes for _, piece in self._pieces(names))
+        return sum(piece.nbytes for _, piece in self._filler.pieces(names))
 
     def _is_intact(self, names: tuple[str, ...], digests: tuple[str, ...]) -> bool:
-        pieces = self._pieces(names)
+        pieces = self._filler.pieces(names)
         return len(pieces) == len(digests) and all(
             digest_of(read_run(self._files[path], p.offset, p.nbytes)) == expected
             for (path, p), expected in zip(pieces, digests, strict=True)
@@ -184,10 +255,20 @@ class BuildWriter:
         if names[0] in self.finished:
             return
         try:
-            digests = tuple(
-                digest_of(self._write_piece(path, piece, weights))
-                for path, piece in self._pieces(names)
-            )
+            digests = self._filler.fill(weights, self._files)
+        except OSError as error:
+            raise self._explain(error) from error
+        self.record(names, digests)
+
+    def record(self, names: tuple[str, ...], digests: tuple[str, ...]) -> None:
+        """Take note of a unit whose pieces are all written.
+
+        Raises:
+            PlanError: the file system refused.
+        """
+        if names[0] in self.finished:
+            return
+        try:
             self._journal.add(names, digests)
         except OSError as error:
             raise self._explain(error) from error
@@ -195,30 +276,13 @@ class BuildWriter:
         self._pending.difference_update(names)
         self._kept = True
 
-    def _write_piece(
-        self, path: str, piece: Piece, weights: Mapping[str, Weight]
-    ) -> Iterator[memoryview]:
-        """Pack and write a piece, yielding its bytes as they are written."""
-        at, end = piece.offset, piece.offset + piece.nbytes
-        for parts in _slabs(piece, [weights[source] for source in piece.sources]):
-            content = piece.pack(*parts).data.cast("B")
-            if at + content.nbytes <= end:
-                _write_all(self._files[path], content, at)
-                yield content
-            at += content.nbytes
-        if at != end:
-            raise ValueError(
-                f"{path} at {piece.offset}: {at - piece.offset} bytes for a piece of "
-                f"{piece.nbytes} ({', '.join(piece.sources)})"
-            )
-
     # ---- the end
 
     def digests(self) -> dict[str, list[tuple[int, int, str, str]]]:
         """Offset, length, digest and first tensor of each piece written, by file, in order."""
         found: dict[str, list[tuple[int, int, str, str]]] = {}
         for names, digests in self._digests.items():
-            for (path, piece), hashed in zip(self._pieces(names), digests, strict=True):
+            for (path, piece), hashed in zip(self._filler.pieces(names), digests, strict=True):
                 place = (piece.offset, piece.nbytes, hashed, piece.sources[0])
                 found.setdefault(path, []).append(place)
         return {path: sorted(places) for path, places in sorted(found.items())}
@@ -230,7 +294,7 @@ class BuildWriter:
             PlanError: a piece was never written, or the file system refused.
         """
         if self._pending:
-            missing = sum(len(self._by_source[name]) for name in self._pending)
+            missing = len(self._filler.pieces(self._pending))
             raise PlanError(f"{self.target}: {missing} pieces were never written")
         try:
             for descriptor in self._files.values():

@@ -23,3 +23,7 @@ class UnsupportedError(LfmqError):
 
 class ValidationError(LfmqError):
     """A build or a text cannot be evaluated."""
+
+
+class ClusterError(LfmqError):
+    """The machines the work was to run on are not there, or lost it again and again."""
