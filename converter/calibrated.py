@@ -35,12 +35,22 @@ from lfmq.converter.experts import (
     gated,
     quantize_expert,
 )
-from lfmq.converter.forward import Model, embed, mix_tokens, normed, route
+from lfmq.converter.forward import (
+    Model,
+    embed,
+    feed_forward,
+    mix_tokens,
+    mixer_inner,
+    mixer_out,
+    normed,
+    route,
+)
 from lfmq.converter.nearest import Write, not_finite, quantize_entry
 from lfmq.converter.passes import batches, steady_torch
 from lfmq.converter.statefile import StateFile
 from lfmq.converter.workers import Workers, open_workers
 from lfmq.quant import gptq
+from lfmq.quant.moments import second_moments
 from lfmq.quant.ridge import ridge_factor, step_toward
 from lfmq.quant.types import Entry, Plan, Quantized, Scheme, Weight, dequantize
 
@@ -196,60 +206,72 @@ class _Run:
     # ---- attention and convolution
 
     def _mixer(self, layer: int, prefix: str) -> Iterator[tuple[Entry, ...]]:
-        first, last = ["conv.in_proj"], "conv.out_proj"
-        floats = ["conv.conv"]
+        first, floats = ["conv.in_proj"], ["conv.conv"]
         if self._model.geometry.layer_types[layer] != "conv":
-            first, last = [f"self_attn.{p}_proj" for p in "qkv"], "self_attn.out_proj"
+            first = [f"self_attn.{p}_proj" for p in "qkv"]
             floats = ["self_attn.q_layernorm", "self_attn.k_layernorm"]
-        yield from self._plain(*(f"{prefix}{n}.weight" for n in ("operator_norm", *floats)))
-        norm = prefix + "operator_norm.weight"
-
-        def inputs(part: slice) -> "_Batch":
-            x = normed(self._model, norm, self._states[part])
-            return x, normed(self._reference, norm, self._wanted[part]), None
-
-        names = [f"{prefix}{n}.weight" for n in first]
-        yield from self._shared(names, inputs, self._settings.ridge)
-        out = f"{prefix}{last}.weight"
-
-        def mixed(part: slice) -> "_Batch":
-            return (
-                _input_of(self._model, layer, self._states[part], out),
-                _input_of(self._reference, layer, self._wanted[part], out),
-                (self._wanted[part] - self._states[part]).flatten(0, 1),
-            )
-
-        yield from self._shared([out], mixed, self._settings.residual_ridge)
-        self._states = self._map(lambda p: mix_tokens(self._model, layer, self._states[p]))
+        norm, out = prefix + "operator_norm.weight", mixer_out(self._model.geometry, layer)
+        yield from self._plain(norm, *(f"{prefix}{n}.weight" for n in floats))
+        yield from self._readers([f"{prefix}{n}.weight" for n in first], norm)
         self._wanted = self._map(lambda p: mix_tokens(self._reference, layer, self._wanted[p]))
+        inner = self._map(lambda p: mixer_inner(self._model, layer, self._states[p]))
+        yield from self._writer(out, lambda p: inner[p].flatten(0, 1))
+        w = self._model.weight(out)
+        self._states = self._map(lambda p: self._states[p] + F.linear(inner[p], w))
 
     def _map(self, function: Callable[[slice], torch.Tensor]) -> torch.Tensor:
         return torch.cat(list(self._workers.map(function, self._parts)))
 
     # ---- weights every token reads
 
-    def _shared(
-        self, names: list[str], inputs: "Callable[[slice], _Batch]", ridge: float | None
-    ) -> Iterator[tuple[Entry, ...]]:
-        """Weights that share their inputs: moments and steps from all batches, then rounding."""
+    def _readers(self, names: list[str], norm: str) -> Iterator[tuple[Entry, ...]]:
+        """Weights that read a norm: they shall put out what the reference does from its own."""
         weights = {n: self._reference.weight(n) for n in names}
-        moments: torch.Tensor | None = None
-        missing: dict[str, torch.Tensor] = {}
 
-        def sums(part: slice) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            x, wanted, lacking = inputs(part)
-            gaps = {}
-            for name, w in weights.items():
-                gap = F.linear(wanted - x, w)
-                gaps[name] = (gap if lacking is None else gap + lacking).T @ x
-            return x.T @ x, gaps
+        def sums(part: slice) -> _Sums:
+            x = normed(self._model, norm, self._states[part])
+            drift = normed(self._reference, norm, self._wanted[part]).sub_(x)
+            return second_moments(x), drift.T @ x
 
-        for part, gaps in self._workers.map(sums, self._parts):
-            moments = part if moments is None else moments.add_(part)
-            for name, gap in gaps.items():
-                missing[name] = gap if name not in missing else missing[name].add_(gap)
-        assert moments is not None
-        check_moments(moments, f"the inputs of {names[0]}")
+        moments, drift = self._add_up(sums, names[0])
+        missing = {name: w @ drift for name, w in weights.items()}
+        yield from self._step_and_round(weights, moments, missing, self._settings.ridge)
+
+    def _writer(
+        self, name: str, inputs: Callable[[slice], torch.Tensor]
+    ) -> Iterator[tuple[Entry, ...]]:
+        """A weight that writes to the residual stream, behind which the reference is already.
+
+        It also makes up for what the stream lacks so far.
+        """
+        w = self._reference.weight(name)
+
+        def sums(part: slice) -> _Sums:
+            x = inputs(part)
+            missing = (self._wanted[part] - self._states[part]).flatten(0, 1)
+            return second_moments(x), missing.sub_(F.linear(x, w)).T @ x
+
+        moments, missing = self._add_up(sums, name)
+        ridge = self._settings.residual_ridge
+        yield from self._step_and_round({name: w}, moments, {name: missing}, ridge)
+
+    def _add_up(self, sums: "Callable[[slice], _Sums]", name: str) -> "_Sums":
+        """Moments and what is missing, from all batches in order."""
+        found: _Sums | None = None
+        for part in self._workers.map(sums, self._parts):
+            found = part if found is None else (found[0].add_(part[0]), found[1].add_(part[1]))
+        assert found is not None
+        check_moments(found[0], f"the inputs of {name}")
+        return found
+
+    def _step_and_round(
+        self,
+        weights: Mapping[str, torch.Tensor],
+        moments: torch.Tensor,
+        missing: Mapping[str, torch.Tensor],
+        ridge: float | None,
+    ) -> Iterator[tuple[Entry, ...]]:
+        """Weights that share their inputs."""
         factor = None if ridge is None else ridge_factor(moments, ridge)
         ready = gptq.factorize(moments, self._settings.damping)
 
@@ -257,44 +279,30 @@ class _Run:
             w = step_toward(weights[name], factor, missing[name])
             return name, self._quantize(name, w.cpu().numpy(), ready)
 
-        for name, weight in self._workers.map(finish, names):
+        for name, weight in self._workers.map(finish, list(weights)):
             yield self._finish({name: weight})
 
     def _dense(self, layer: int, prefix: str) -> Iterator[tuple[Entry, ...]]:
         norm = prefix + "ffn_norm.weight"
         yield from self._plain(norm)
         gate, up, down = (f"{prefix}feed_forward.{p}.weight" for p in ("w1", "w3", "w2"))
-
-        def inputs(part: slice) -> "tuple[torch.Tensor, torch.Tensor]":
-            x = normed(self._model, norm, self._states[part])
-            return x, normed(self._reference, norm, self._wanted[part])
-
-        yield from self._shared(
-            [gate, up], lambda part: (*inputs(part), None), self._settings.ridge
+        yield from self._readers([gate, up], norm)
+        self._wanted = self._map(
+            lambda p: feed_forward(self._reference, layer, self._wanted[p])[0]
         )
-        own, reference = self._pair(self._model, gate, up), self._pair(self._reference, gate, up)
+        w1, w3 = self._model.weight(gate), self._model.weight(up)
 
-        def inner(part: slice) -> "_Batch":
-            x, wanted = inputs(part)
-            lacking = (self._wanted[part] - self._states[part]).flatten(0, 1)
-            return gated(x, *own), gated(wanted, *reference), lacking
+        def inner(part: slice) -> torch.Tensor:
+            return gated(normed(self._model, norm, self._states[part]), w1, w3)
 
-        yield from self._shared([down], inner, self._settings.residual_ridge)
-        w2, w2_reference = self._model.weight(down), self._reference.weight(down)
+        yield from self._writer(down, inner)
+        w2 = self._model.weight(down)
 
         def add(part: slice) -> torch.Tensor:
-            y = F.linear(gated(inputs(part)[0], *own), w2)
-            return self._states[part] + y.view_as(self._states[part])
+            states = self._states[part]
+            return states + F.linear(inner(part), w2).view_as(states)
 
-        def add_reference(part: slice) -> torch.Tensor:
-            y = F.linear(gated(inputs(part)[1], *reference), w2_reference)
-            return self._wanted[part] + y.view_as(self._wanted[part])
-
-        states, wanted = self._map(add), self._map(add_reference)
-        self._states, self._wanted = states, wanted
-
-    def _pair(self, model: Model, gate: str, up: str) -> tuple[torch.Tensor, torch.Tensor]:
-        return model.weight(gate), model.weight(up)
+        self._states = self._map(add)
 
     # ---- router and experts
 
@@ -308,7 +316,8 @@ class _Run:
             yield from self._plain(f"{prefix}feed_forward.expert_bias")
         yield self._finish({f"{prefix}feed_forward.gate.weight": self._router(layer, x, wanted)})
         routing = route(self._model, layer, x)
-        inputs = LayerInputs(layer, x, wanted, routing, target, x.T @ x / len(x), self._settings)
+        pooled = second_moments(x).div_(len(x))
+        inputs = LayerInputs(layer, x, wanted, routing, target, pooled, self._settings)
         y, y_wanted = torch.zeros_like(x), torch.zeros_like(x)
         experts = range(self._model.geometry.num_experts)
 
@@ -334,10 +343,10 @@ class _Run:
         held = torch.arange(self._windows[0], device=x.device) % _HOLD_OUT == _HOLD_OUT - 1
         held = held.repeat_interleave(self._windows[1])
         w = torch.from_numpy(np.array(original)).to(x.device)
-        fit = ~held
-        gap = F.linear(wanted[fit] - x[fit], w)
-        factor = ridge_factor(x[fit].T @ x[fit], ridge)
-        refitted = step_toward(w, factor, gap.T @ x[fit]).cpu().numpy()
+        seen = x[~held]
+        missing = F.linear(wanted[~held] - seen, w).T @ seen
+        factor = ridge_factor(second_moments(seen), ridge)
+        refitted = step_toward(w, factor, missing).cpu().numpy()
 
         def agreement(gate: NDArray[np.float32]) -> float:
             model = replace(self._model, read=lambda n: gate if n == name else self._read(n))
@@ -350,16 +359,5 @@ class _Run:
         return refitted if step.kept else original
 
 
-_Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
-
-
-def _input_of(model: Model, layer: int, states: torch.Tensor, name: str) -> torch.Tensor:
-    """The inputs [T, K] of one weight of a layer's mixer."""
-    seen: list[torch.Tensor] = []
-
-    def observe(names: tuple[str, ...], x: torch.Tensor, _: torch.Tensor | None) -> None:
-        if name in names:
-            seen.append(x)
-
-    mix_tokens(model, layer, states, observe)
-    return torch.cat(seen)
+# Second moments of inputs [K, K], and what is missing times inputs.
+_Sums = tuple[torch.Tensor, torch.Tensor]

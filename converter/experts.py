@@ -15,15 +15,17 @@ from lfmq.converter.calibration import QUOTA, ExpertCoverage, Settings
 from lfmq.converter.forward import ReadWeight, Routing
 from lfmq.quant import gptq, rtn
 from lfmq.quant.errors import ValidationError
-from lfmq.quant.ridge import ridge_factor, step_toward
+from lfmq.quant.moments import second_moments
+from lfmq.quant.ridge import regression, ridge_factor
 from lfmq.quant.types import Quantized, Scheme, Weight, dequantize
 
 QuantizeWeight = Callable[[str, NDArray[np.float32], gptq.Moments], Weight]
 
 # Every eighth row of a weight is judged for the report.
 _JUDGED = 8
-# Every eighth token stands for the layer when moments are pooled through an expert.
-_POOL_STRIDE = 8
+# Tokens that stand for the layer when moments are pooled through an expert, and at most how many
+# of the layer's.
+_POOL_TOKENS, _POOL_SHARE = 2048, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,19 +83,25 @@ def quantize_expert(
     )
     token, affinity = _routed_to(inputs.routing, expert)
     token_wanted, affinity_wanted = _routed_to(inputs.target, expert)
+    # nearly all tokens of one stream are the other's too: what the reference makes of both at once
+    both = torch.cat((token, token_wanted)).unique()
+    ideal = inputs.wanted[both]
+    ideal_inner = gated(ideal, w1, w3)
+    own = torch.searchsorted(both, token)
     fit = _Fit(inputs, expert, affinity, quantize)
-    seen, ideal = inputs.x[token], inputs.wanted[token]
-    fit.prepare(seen, ideal, lambda: inputs.pooled)
+    seen = inputs.x[token]
+    fit.prepare(seen, ideal[own], lambda: inputs.pooled)
     q1, q3 = fit.quantize(gate, w1), fit.quantize(up, w3)
     inner = gated(seen, q1, q3)
 
     def pooled() -> torch.Tensor:
-        sample = gated(inputs.x[::_POOL_STRIDE], q1, q3)
-        return sample.T @ sample / len(sample)
+        stride = max(_POOL_SHARE, len(inputs.x) // _POOL_TOKENS)
+        sample = gated(inputs.x[::stride], q1, q3)
+        return second_moments(sample).div_(len(sample))
 
-    fit.prepare(inner, gated(ideal, w1, w3), pooled)
+    fit.prepare(inner, ideal_inner[own], pooled)
     y = F.linear(inner, fit.quantize(down, w2)) * affinity[:, None]
-    y_wanted = F.linear(gated(inputs.wanted[token_wanted], w1, w3), w2)
+    y_wanted = F.linear(ideal_inner[torch.searchsorted(both, token_wanted)], w2)
     return FinishedExpert(
         fit.weights,
         token,
@@ -155,22 +163,21 @@ class _Fit:
         self, seen: torch.Tensor, ideal: torch.Tensor, pooled: Callable[[], torch.Tensor]
     ) -> None:
         """Moments of the inputs [n, K] to come; ``pooled`` gives the layer's [K, K]."""
-        weighted = seen * self._affinity[:, None]
-        h = seen.T @ weighted
+        h = second_moments(seen * self._affinity.sqrt()[:, None])
         missing = max(0.0, 1 - self._tokens / self._quota)
         if missing:
             h += (missing * self._quota * self._mean) * pooled()
         check_moments(h, self._where)
         self._moments = gptq.factorize(h, self._damping)
-        if self._ridge is not None:
-            self._factor = ridge_factor(h, self._ridge)
-            self._lack = (ideal - seen).T @ weighted
+        self._step: torch.Tensor | None = None
+        factor = None if self._ridge is None else ridge_factor(h, self._ridge)
+        if factor is not None:
+            weighted = seen * self._affinity[:, None]
+            self._step = regression(factor, (ideal - seen).T @ weighted)
 
     def quantize(self, name: str, w: torch.Tensor) -> torch.Tensor:
         """The quantized weight's values [N, K]."""
-        stepped = w
-        if self._ridge is not None:
-            stepped = step_toward(w, self._factor, w @ self._lack)
+        stepped = w if self._step is None else w + w @ self._step
         weight = self._quantize(name, stepped.cpu().numpy(), self._moments)
         self.weights[name] = weight
         if not isinstance(weight, Quantized):

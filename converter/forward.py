@@ -147,16 +147,45 @@ def mix_tokens(
     model: Model, layer: int, states: torch.Tensor, observe: Observe | None = None
 ) -> torch.Tensor:
     """The first half of a layer: attention or gated short convolution, added to ``states``."""
-    g = model.geometry
-    prefix = f"model.layers.{layer}."
+    out = model.weight(mixer_out(model.geometry, layer))
+    mixed = torch.empty_like(states)
+    mixer = _mixer(model, layer, states.shape[1], observe)
+    for part in _batches(states):
+        mixed[part] = states[part] + F.linear(mixer(states[part]), out)
+    kind = model.geometry.layer_types[layer]
+    _check_finite(mixed, layer, "convolution" if kind == "conv" else "attention")
+    return mixed
+
+
+@torch.inference_mode()
+def mixer_inner(model: Model, layer: int, states: torch.Tensor) -> torch.Tensor:
+    """What a layer's mixer hands to its output projection, [W, S, K]."""
+    return _mixer(model, layer, states.shape[1], None)(states)
+
+
+def mixer_out(geometry: Geometry, layer: int) -> str:
+    """The name of the mixer's output projection."""
+    kind = "conv" if geometry.layer_types[layer] == "conv" else "self_attn"
+    return f"model.layers.{layer}.{kind}.out_proj.weight"
+
+
+def _mixer(
+    model: Model, layer: int, length: int, observe: Observe | None
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """From hidden states to the inputs of the mixer's output projection."""
+    g, prefix = model.geometry, f"model.layers.{layer}."
     norm = model.weight(prefix + "operator_norm.weight")
     build = _convolution if g.layer_types[layer] == "conv" else _attention
-    mixer = build(model, prefix, states.shape[1], observe)
-    mixed = torch.empty_like(states)
-    for part in _batches(states):
-        mixed[part] = states[part] + mixer(_rms_norm(states[part], norm, g.norm_eps))
-    _check_finite(mixed, layer, "attention" if build is _attention else "convolution")
-    return mixed
+    mix = build(model, prefix, length, observe)
+    out = mixer_out(g, layer)
+
+    def run(states: torch.Tensor) -> torch.Tensor:
+        y = mix(_rms_norm(states, norm, g.norm_eps))
+        if observe is not None:
+            observe((out,), y.flatten(0, 1), None)
+        return y
+
+    return run
 
 
 @torch.inference_mode()
@@ -240,10 +269,10 @@ def _swiglu(
 def _convolution(
     model: Model, prefix: str, length: int, observe: Observe | None
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Gated short convolution: ``out_proj(C * conv(B * x))``, in_proj's chunks being B, C, x."""
+    """Gated short convolution: ``C * conv(B * x)``, in_proj's chunks being B, C, x."""
     g = model.geometry
-    names = tuple(f"{prefix}conv.{part}.weight" for part in ("in_proj", "conv", "out_proj"))
-    in_proj, kernel, out_proj = (model.weight(name) for name in names)
+    names = tuple(f"{prefix}conv.{part}.weight" for part in ("in_proj", "conv"))
+    in_proj, kernel = (model.weight(name) for name in names)
 
     def mix(x: torch.Tensor) -> torch.Tensor:
         if observe is not None:
@@ -251,10 +280,7 @@ def _convolution(
         b, c, value = F.linear(x, in_proj).chunk(3, dim=-1)
         gated = (b * value).transpose(1, 2)  # [W, H, S]
         gated = F.conv1d(F.pad(gated, (g.conv_L_cache - 1, 0)), kernel, groups=g.hidden_size)
-        y = c * gated.transpose(1, 2)
-        if observe is not None:
-            observe((names[2],), y.flatten(0, 1), None)
-        return F.linear(y, out_proj)
+        return c * gated.transpose(1, 2)
 
     return mix
 
@@ -265,8 +291,8 @@ def _attention(
     """Grouped-query attention with RMS-normed heads and half-split rotary positions."""
     g = model.geometry
     prefix += "self_attn."
-    names = tuple(f"{prefix}{part}_proj.weight" for part in ("q", "k", "v", "out"))
-    query, key, value, out = (model.weight(name) for name in names)
+    names = tuple(f"{prefix}{part}_proj.weight" for part in ("q", "k", "v"))
+    query, key, value = (model.weight(name) for name in names)
     q_norm = model.weight(prefix + "q_layernorm.weight")
     k_norm = model.weight(prefix + "k_layernorm.weight")
     cos, sin = _rotary(model, length)
@@ -276,16 +302,13 @@ def _attention(
 
     def mix(x: torch.Tensor) -> torch.Tensor:
         if observe is not None:
-            observe(names[:3], x.flatten(0, 1), None)
+            observe(names, x.flatten(0, 1), None)
         q = _rotate(_rms_norm(heads(x, query), q_norm, g.norm_eps), cos, sin)
         k = _rotate(_rms_norm(heads(x, key), k_norm, g.norm_eps), cos, sin)
         y = F.scaled_dot_product_attention(
             q, k, heads(x, value), is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
         )
-        y = y.transpose(1, 2).flatten(2)
-        if observe is not None:
-            observe(names[3:], y.flatten(0, 1), None)
-        return F.linear(y, out)
+        return y.transpose(1, 2).flatten(2)
 
     return mix
 

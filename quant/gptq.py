@@ -18,6 +18,7 @@ float32 with float64 factorization. Sums over K go through BLAS: equal on one ma
 number of workers, not from one kind of processor to another.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,6 +47,8 @@ from lfmq.quant.types import Quantized, Scheme
 DAMPING = 0.1
 # What they are worth: docs/quantization.md.
 SWEEPS = 3
+# Columns of a block, a multiple of every group.
+_BLOCK = 128
 
 F32 = NDArray[np.float32]
 
@@ -184,32 +187,55 @@ def _zero_level(scheme: Scheme) -> int:
 
 def _round_columns(w: torch.Tensor, moments: Moments, grid: _GridState) -> None:
     """GPTQ: fill in the grid's arrays, using up ``w``."""
-    group = grid.scheme.group
     factor = moments.factor
-    error = np.empty((w.shape[0], group), np.float32)
-    for index in range(grid.level.shape[0]):
-        part = slice(index * group, (index + 1) * group)
-        within = np.ascontiguousarray(factor[part, part].numpy())
-        cost = 1 / np.square(np.diag(within))
-        columns = np.ascontiguousarray(w[:, part].numpy())
-        importance = (cost / cost.mean()).astype(np.float32)
-        if not grid.round(index, columns, within, importance, error):
-            raise ValueError("a weight is NaN, Inf or beyond float16")
-        rest = slice(part.stop, None)
-        w[:, rest].addmm_(torch.from_numpy(error), factor[part, rest], alpha=-1)
+    error = np.empty((w.shape[0], _BLOCK), np.float32)
+    for block, parts in _blocks(w.shape[1], grid.scheme.group):
+        found = torch.from_numpy(error)
+        for part in parts:
+            within = np.ascontiguousarray(factor[part, part].numpy())
+            cost = 1 / np.square(np.diag(within))
+            columns = np.ascontiguousarray(w[:, part].numpy())
+            importance = (cost / cost.mean()).astype(np.float32)
+            own = np.empty_like(columns)
+            if not grid.round(part.start // grid.scheme.group, columns, within, importance, own):
+                raise ValueError("a weight is NaN, Inf or beyond float16")
+            error[:, part.start - block.start : part.stop - block.start] = own
+            near = slice(part.stop, block.stop)
+            w[:, near].addmm_(torch.from_numpy(own), factor[part, near], alpha=-1)
+        rest = slice(block.stop, None)
+        w[:, rest].addmm_(found[:, : block.stop - block.start], factor[block, rest], alpha=-1)
 
 
 def _descend(w: torch.Tensor, h: torch.Tensor, grid: _GridState, sweeps: int) -> None:
     """Coordinate descent on scales, offsets and levels, in place."""
-    groups, rows, group = grid.level.shape
+    rows, group = w.shape[0], grid.scheme.group
     gradient = (torch.from_numpy(grid.values()) - w) @ h  # [N, K], half of it
-    change = np.empty((rows, group), np.float32)
-    for _ in range(sweeps):
-        for index in range(groups):
-            part = slice(index * group, (index + 1) * group)
-            within = np.ascontiguousarray(h[part, part].numpy())
-            grid.descend(index, np.ascontiguousarray(gradient[:, part].numpy()), within, change)
-            gradient.addmm_(torch.from_numpy(change), h[part])
+    change = np.empty((rows, _BLOCK), np.float32)
+    for sweep in range(sweeps):
+        for block, parts in _blocks(w.shape[1], group):
+            found = torch.from_numpy(change)[:, : block.stop - block.start]
+            for part in parts:
+                within = np.ascontiguousarray(h[part, part].numpy())
+                columns = np.ascontiguousarray(gradient[:, part].numpy())
+                own = np.empty_like(columns)
+                grid.descend(part.start // group, columns, within, own)
+                change[:, part.start - block.start : part.stop - block.start] = own
+                gradient[:, block].addmm_(torch.from_numpy(own), h[part, block])
+            after = slice(block.stop, None)
+            gradient[:, after].addmm_(found, h[block, after])
+            if sweep < sweeps - 1:  # what is before is not looked at again in the last one
+                before = slice(0, block.start)
+                gradient[:, before].addmm_(found, h[block, before])
+
+
+def _blocks(columns: int, group: int) -> Iterator[tuple[slice, list[slice]]]:
+    """Runs of columns whose changes reach all others in one product, each with its groups.
+
+    The lazy batches of Frantar et al. 2022, section 3.2: products of many columns are faster.
+    """
+    for start in range(0, columns, _BLOCK):
+        stop = min(start + _BLOCK, columns)
+        yield slice(start, stop), [slice(i, i + group) for i in range(start, stop, group)]
 
 
 @njit(nogil=True, cache=True, error_model="numpy")

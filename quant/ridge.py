@@ -24,18 +24,20 @@ def ridge_factor(moments: torch.Tensor, ridge: float) -> torch.Tensor | None:
     return invert_lower(torch.linalg.cholesky(h))
 
 
+def regression(factor: torch.Tensor, missing: torch.Tensor) -> torch.Tensor:
+    """D with ``D (H + ridge * mean(diag(H)) * I) = missing``, [M, K].
+
+    The least-squares answer to what is missing, drawn to zero by the ridge.
+
+    Args:
+        factor: of :func:`ridge_factor`; several weights with the same inputs share it.
+        missing: sum over tokens of what is lacking times input, [M, K].
+    """
+    return (missing @ factor.T) @ factor
+
+
 def step_toward(
     w: torch.Tensor, factor: torch.Tensor | None, missing: torch.Tensor
 ) -> torch.Tensor:
-    """W + D with D the least-squares answer to what is missing, drawn to zero by the ridge.
-
-    Solves ``D (H + ridge * mean(diag(H)) * I) = missing``.
-
-    Args:
-        w: [N, K].
-        factor: of :func:`ridge_factor`; several weights with the same inputs share it.
-        missing: sum over tokens of lacking output times input, [N, K].
-    """
-    if factor is None:
-        return w
-    return w + (missing @ factor.T) @ factor
+    """W + D, W [N, K], with D the regression of what its outputs lack, [N, K]."""
+    return w if factor is None else w + regression(factor, missing)
