@@ -4,7 +4,7 @@ A runtime's native code may crash, print or keep threads spinning: none of it ma
 process that reports. The parent writes token ids and router inputs to a temporary folder; the
 child maps them, runs the engine and writes a frame for each window to a pipe that is neither
 stdout nor stderr, which libraries print to: the one goes nowhere, the other to a file, whose last
-line explains a crash.
+line explains a crash. What the child leaves in its folder for temporary files goes with ours.
 
 A frame is ``_HEAD`` (a magic word, the length of the text), the text (JSON) and the bytes of the
 arrays that the text lists. The first frame of a child has the engine's version, the last says
@@ -103,6 +103,7 @@ def _frames(format: str, request: EngineRequest | None) -> Generator[_Frame]:
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=log,
+                    env=os.environ | {"TMPDIR": name},
                     pass_fds=(write_end,),
                 )
             finally:
@@ -125,7 +126,7 @@ def _answers(stream: BinaryIO, engine: NativeEngine, windows: int) -> Iterator[_
     for count in range(windows + 2):
         text, arrays = _receive(stream)
         if "error" in text:
-            raise ValidationError(text["error"])
+            raise ValidationError(" ".join(text["error"].split()))
         if "absent" in text:
             raise ValidationError(
                 f"{engine.NAME} is not installed ({text['absent']}): {_install(engine)}"
@@ -141,7 +142,9 @@ def _death(child: subprocess.Popen[bytes], log: Path) -> str:
     code = child.wait()
     lines = [line.strip() for line in log.read_text("utf-8", "replace").split("\n")]
     last = next(filter(None, reversed(lines)), "it printed nothing")
-    return f"{signal.Signals(-code).name if code < 0 else f'exit status {code}'}; {last}"
+    how = f"exit status {code}" if code >= 0 else signal.Signals(-code).name
+    hint = " (out of memory?)" if code == -signal.SIGKILL else ""
+    return f"{how}{hint}; {last}"
 
 
 def _advice(engine: NativeEngine, request: EngineRequest | None, what: str) -> str:

@@ -93,7 +93,8 @@ def test_router_inputs_are_handed_over(install: Install) -> None:
 @pytest.mark.parametrize(
     ("statement", "expected"),
     [
-        ("os.kill(os.getpid(), signal.SIGSEGV)", "failed (SIGSEGV; "),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "failed (SIGSEGV; it printed nothing)"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "failed (SIGKILL (out of memory?); "),
         ("sys.stderr.write('GGML_ASSERT(x)\\n'); os.abort()", "failed (SIGABRT; GGML_ASSERT(x))"),
         ("raise ZeroDivisionError('no')", "failed (exit status 1; ZeroDivisionError: no)"),
         ("os._exit(0)", "failed (exit status 0; "),
