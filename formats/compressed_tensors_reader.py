@@ -22,7 +22,7 @@ from lfmq.formats.safetensors_file import (
     read_tensor,
 )
 from lfmq.quant.errors import CheckpointError, ValidationError
-from lfmq.quant.types import Geometry
+from lfmq.quant.types import Geometry, Scheme
 
 _NAME = re.compile(r"model\.(?:layers\.(\d+)\.(?:.*\.experts\.(\d+)\.)?)?.*")
 _CLASS = "Linear"  # what a module's class is called in a list of targets
@@ -74,6 +74,11 @@ class CompressedTensorsReader:
             return read_floats(self._stored(name, shape, None, *FLOAT_DTYPES))
         except CheckpointError as error:
             raise ValidationError(str(error)) from error
+
+    def scheme(self, name: str) -> Scheme | None:
+        """How the weight of a Linear is packed; None for one that stays as floats."""
+        group = self._group_of(name.removesuffix(".weight"))
+        return None if group is None else Scheme(group.bits, group.group)
 
     def _group_of(self, module: str) -> _Group | None:
         """The group that a module belongs to; None for one that stays as floats.

@@ -6,8 +6,6 @@ greedy continuation: when it prefers the same token at every step, it generates 
 """
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +22,9 @@ from lfmq.converter.convert import convert
 from lfmq.converter.plan import resolve_plan
 from lfmq.converter.recipe import load_recipe
 from lfmq.formats.registry import FORMATS
+from lfmq.validation.engine import EngineRequest
+from lfmq.validation.native import run_native
 
-RUNNER = Path(__file__).parent / "runners" / "llama_cpp.py"
 NEW_TOKENS = 24
 END_OF_TURN = 4
 QUESTIONS = (
@@ -115,16 +114,13 @@ def test_readers_agree(builds: dict[str, Path], sample_folder: Path) -> None:
             np.testing.assert_array_equal(found, expected, err_msg=name)
 
 
-def test_llama_cpp(builds: dict[str, Path], cases: list[Case], tmp_path: Path) -> None:
+def test_llama_cpp(builds: dict[str, Path], cases: list[Case]) -> None:
     pytest.importorskip("xllamacpp")
     for case in cases:
-        np.save(tmp_path / "tokens.npy", np.array(case.tokens, np.int32))
-        paths = [builds["gguf"], tmp_path / "tokens.npy", tmp_path / "logits.npy"]
-        command = [sys.executable, str(RUNNER), *map(str, paths)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-2000:]
-        found = difference(case, np.load(tmp_path / "logits.npy"))
-        assert np.median(found) < MEDIAN_TOLERANCE["gguf"]
+        ids = np.array([case.tokens])
+        (run,) = run_native(EngineRequest(builds["gguf"], ids, slice(0, ids.size)), "gguf")
+        assert run.logits is not None
+        assert np.median(difference(case, run.logits)) < MEDIAN_TOLERANCE["gguf"]
 
 
 def test_mlx_lm(builds: dict[str, Path], cases: list[Case]) -> None:

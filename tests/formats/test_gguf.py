@@ -1,8 +1,6 @@
 """GGUF builds read by gguf-py, by our reader and by llama.cpp itself."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +16,9 @@ from lfmq.formats.build import Assets
 from lfmq.formats.writer import BuildWriter
 from lfmq.quant.errors import UnsupportedError, ValidationError
 from lfmq.quant.types import Entry, Geometry, Plan, Quantized, Scheme, Storage, Weight, dequantize
+from lfmq.validation.engine import EngineRequest
+from lfmq.validation.native import run_native
 
-RUNNER = Path(__file__).parents[1] / "runners" / "llama_cpp.py"
 RandomWeight = Callable[[Entry], Weight]
 
 
@@ -112,15 +111,12 @@ def test_float_weights(
         np.testing.assert_allclose(reader.read(entry.name), weight, rtol=0, atol=2**-25)
 
 
-def run_llama_cpp(path: Path, tokens: list[int], folder: Path) -> Any:
+def run_llama_cpp(path: Path, tokens: list[int]) -> Any:
     """Logits of every position [T, V] from llama.cpp, in a process of its own."""
     pytest.importorskip("xllamacpp")
-    np.save(folder / "tokens.npy", np.array(tokens, np.int32))
-    arguments = [path, folder / "tokens.npy", folder / "logits.npy"]
-    command = [sys.executable, str(RUNNER), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return np.load(folder / "logits.npy")
+    request = EngineRequest(path, np.array([tokens]), slice(0, len(tokens)))
+    (run,) = run_native(request, "gguf")
+    return run.logits
 
 
 @pytest.mark.parametrize("use_expert_bias", [True, False])
@@ -144,7 +140,7 @@ def test_llama_cpp_float32_logits_equal_transformers(
     plan = make_plan(geometry, experts="float32", shared="float32")
     path = write(tmp_path / "a.gguf", plan, assets, random_weight)
     tokens = [1, *np.random.default_rng(0).integers(13, 8192, 40).tolist()]
-    logits = run_llama_cpp(path, tokens, tmp_path)
+    logits = run_llama_cpp(path, tokens)
     model = transformers_model(config, gguf.open_reader(path).read)
     with torch.no_grad():
         expected = model(torch.tensor([tokens])).logits[0].numpy()
