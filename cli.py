@@ -26,13 +26,16 @@ from lfmq.converter.memory import parse_bytes, peak_resident
 from lfmq.converter.recipe import load_recipe
 from lfmq.converter.text import Windows
 from lfmq.quant.errors import LfmqError
+from lfmq.validation.generation import check_builds, generation_lines
 from lfmq.validation.options import (
+    Asked,
     Common,
     Text,
     Wanted,
     balance_option,
     common_options,
     plan_options,
+    task_options,
     text_options,
 )
 from lfmq.validation.progress import show_conversion, show_progress
@@ -392,6 +395,7 @@ def verify(builds: tuple[Path, ...], as_json: bool) -> None:
     show_default=True,
     help="read: the file's weights through the reference forward.",
 )
+@task_options
 @click.option("--max-kld", type=float, help="Highest mean KL divergence allowed, nats a token.")
 @click.option("--max-perplexity-ratio", type=float, help="Highest perplexity ratio allowed.")
 @click.option("--min-routing", type=float, help="Lowest routing exact-set agreement allowed.")
@@ -403,12 +407,13 @@ def validate(
     builds: tuple[Path, ...],
     text: Text,
     engine: str,
+    asked: Asked,
     max_kld: float | None,
     max_perplexity_ratio: float | None,
     min_routing: float | None,
     common: Common,
 ) -> None:
-    """Compare builds with their checkpoint: perplexity, KL divergence, routing.
+    """Compare builds with their checkpoint: perplexity, KL divergence, routing, answers to tasks.
 
     Every build is opened again and its weights run through the reference forward pass on the same
     tokens. Exits with status 3 when a threshold is missed. Without --text the sample's evaluation
@@ -417,12 +422,14 @@ def validate(
     opened = common.open(checkpoint)
     torch.set_num_threads(common.threads)
     windows = text.windows(opened, "evaluation.jsonl")
+    generation = _generation(opened, builds, asked, common)
     with show_progress("validating", quiet=common.quiet) as progress:
         report = validate_builds(
             opened,
             builds,
             windows,
             thresholds=Thresholds(max_kld, max_perplexity_ratio, min_routing),
+            generation=generation,
             device=common.device,
             progress=progress,
         )
@@ -430,10 +437,24 @@ def validate(
         _print_json(report.to_json())
     else:
         _print_tables(report_table(report))
+        for line in generation_lines((b.path, b.generation) for b in report.builds):
+            click.echo(line)
         for f in report.failures:
             click.echo(f"missed: {f.path}: {f.figure} is {f.found:.6g}, limit {f.limit:.6g}")
     if not report.passed:
         ctx.exit(THRESHOLD_MISSED)
+
+
+def _generation(
+    opened: Checkpoint, builds: tuple[Path, ...], asked: Asked, common: Common
+) -> dict[Path, dict[str, Any]]:
+    """What builds wrote for the tasks, if there are any."""
+    checks = asked.checks(opened)
+    if checks is None:
+        return {}
+    with show_progress("generating", quiet=common.quiet, unit="answer") as progress:
+        found = check_builds(opened, builds, checks, device=common.device, progress=progress)
+    return {path: generation.to_json() for path, generation in found.items()}
 
 
 if __name__ == "__main__":

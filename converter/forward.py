@@ -10,6 +10,7 @@ Shapes: W windows, S tokens a window, T = W * S, H hidden size, E experts, k exp
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -80,6 +81,42 @@ class Trace:
     routing: dict[int, Routing]
 
 
+class Past(Protocol):
+    """The tokens before those at hand, as the mixer of one layer remembers them."""
+
+    def part(self, rows: slice) -> "Past":
+        """The same for some of the windows."""
+
+    def positions(self, length: int) -> torch.Tensor:
+        """Places of the tokens at hand in their windows: int64 [S] or [W, 1, S], on the CPU."""
+
+    def extend(self, gated: torch.Tensor, columns: int) -> torch.Tensor:
+        """A convolution's inputs [W, H, S] behind the ``columns`` that came before them."""
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Attention [W, heads, S, head_dim] of each token to those before it and itself."""
+
+
+class _Nothing:
+    """No token came before: the windows begin here."""
+
+    def part(self, rows: slice) -> "_Nothing":
+        return self
+
+    def positions(self, length: int) -> torch.Tensor:
+        return torch.arange(length)
+
+    def extend(self, gated: torch.Tensor, columns: int) -> torch.Tensor:
+        return F.pad(gated, (columns, 0))
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+
+
+_Mixer = Callable[[torch.Tensor, Past], torch.Tensor]
+
+
 @torch.inference_mode()
 def run_model(
     model: Model,
@@ -119,14 +156,22 @@ def embed(model: Model, ids: NDArray[np.int64]) -> torch.Tensor:
     Raises:
         ValidationError: an id is outside the vocabulary.
     """
-    vocab_size = model.geometry.vocab_size
-    if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
-        raise ValidationError(
-            f"the text's tokens reach id {int(ids.max())}, the model's vocabulary has "
-            f"{vocab_size}; the tokenizer belongs to another model"
-        )
+    check_ids(model.geometry, ids)
     table = model.read("model.embed_tokens.weight")
     return torch.from_numpy(table[ids]).to(model.device, model.dtype)
+
+
+def check_ids(geometry: Geometry, ids: NDArray[np.int64]) -> None:
+    """Refuse ids outside the vocabulary.
+
+    Raises:
+        ValidationError: there is one.
+    """
+    if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < geometry.vocab_size:
+        raise ValidationError(
+            f"the text's tokens reach id {int(ids.max())}, the model's vocabulary has "
+            f"{geometry.vocab_size}; the tokenizer belongs to another model"
+        )
 
 
 @torch.inference_mode()
@@ -144,14 +189,18 @@ def run_layer(
 
 @torch.inference_mode()
 def mix_tokens(
-    model: Model, layer: int, states: torch.Tensor, observe: Observe | None = None
+    model: Model,
+    layer: int,
+    states: torch.Tensor,
+    observe: Observe | None = None,
+    past: Past = _Nothing(),  # noqa: B008 - without state
 ) -> torch.Tensor:
     """The first half of a layer: attention or gated short convolution, added to ``states``."""
     out = model.weight(mixer_out(model.geometry, layer))
     mixed = torch.empty_like(states)
-    mixer = _mixer(model, layer, states.shape[1], observe)
+    mixer = _mixer(model, layer, observe)
     for part in _batches(states):
-        mixed[part] = states[part] + F.linear(mixer(states[part]), out)
+        mixed[part] = states[part] + F.linear(mixer(states[part], past.part(part)), out)
     kind = model.geometry.layer_types[layer]
     _check_finite(mixed, layer, "convolution" if kind == "conv" else "attention")
     return mixed
@@ -160,7 +209,7 @@ def mix_tokens(
 @torch.inference_mode()
 def mixer_inner(model: Model, layer: int, states: torch.Tensor) -> torch.Tensor:
     """What a layer's mixer hands to its output projection, [W, S, K]."""
-    return _mixer(model, layer, states.shape[1], None)(states)
+    return _mixer(model, layer, None)(states, _Nothing())
 
 
 def mixer_out(geometry: Geometry, layer: int) -> str:
@@ -169,18 +218,16 @@ def mixer_out(geometry: Geometry, layer: int) -> str:
     return f"model.layers.{layer}.{kind}.out_proj.weight"
 
 
-def _mixer(
-    model: Model, layer: int, length: int, observe: Observe | None
-) -> Callable[[torch.Tensor], torch.Tensor]:
+def _mixer(model: Model, layer: int, observe: Observe | None) -> _Mixer:
     """From hidden states to the inputs of the mixer's output projection."""
     g, prefix = model.geometry, f"model.layers.{layer}."
     norm = model.weight(prefix + "operator_norm.weight")
     build = _convolution if g.layer_types[layer] == "conv" else _attention
-    mix = build(model, prefix, length, observe)
+    mix = build(model, prefix, observe)
     out = mixer_out(g, layer)
 
-    def run(states: torch.Tensor) -> torch.Tensor:
-        y = mix(_rms_norm(states, norm, g.norm_eps))
+    def run(states: torch.Tensor, past: Past) -> torch.Tensor:
+        y = mix(_rms_norm(states, norm, g.norm_eps), past)
         if observe is not None:
             observe((out,), y.flatten(0, 1), None)
         return y
@@ -266,28 +313,24 @@ def _swiglu(
     return F.linear(inner, model.weight(down))
 
 
-def _convolution(
-    model: Model, prefix: str, length: int, observe: Observe | None
-) -> Callable[[torch.Tensor], torch.Tensor]:
+def _convolution(model: Model, prefix: str, observe: Observe | None) -> _Mixer:
     """Gated short convolution: ``C * conv(B * x)``, in_proj's chunks being B, C, x."""
     g = model.geometry
     names = tuple(f"{prefix}conv.{part}.weight" for part in ("in_proj", "conv"))
     in_proj, kernel = (model.weight(name) for name in names)
 
-    def mix(x: torch.Tensor) -> torch.Tensor:
+    def mix(x: torch.Tensor, past: Past) -> torch.Tensor:
         if observe is not None:
             observe((names[0],), x.flatten(0, 1), None)
         b, c, value = F.linear(x, in_proj).chunk(3, dim=-1)
         gated = (b * value).transpose(1, 2)  # [W, H, S]
-        gated = F.conv1d(F.pad(gated, (g.conv_L_cache - 1, 0)), kernel, groups=g.hidden_size)
-        return c * gated.transpose(1, 2)
+        gated = past.extend(gated, g.conv_L_cache - 1)
+        return c * F.conv1d(gated, kernel, groups=g.hidden_size).transpose(1, 2)
 
     return mix
 
 
-def _attention(
-    model: Model, prefix: str, length: int, observe: Observe | None
-) -> Callable[[torch.Tensor], torch.Tensor]:
+def _attention(model: Model, prefix: str, observe: Observe | None) -> _Mixer:
     """Grouped-query attention with RMS-normed heads and half-split rotary positions."""
     g = model.geometry
     prefix += "self_attn."
@@ -295,29 +338,26 @@ def _attention(
     query, key, value = (model.weight(name) for name in names)
     q_norm = model.weight(prefix + "q_layernorm.weight")
     k_norm = model.weight(prefix + "k_layernorm.weight")
-    cos, sin = _rotary(model, length)
 
     def heads(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.linear(x, weight).view(*x.shape[:2], -1, g.head_dim).transpose(1, 2)
 
-    def mix(x: torch.Tensor) -> torch.Tensor:
+    def mix(x: torch.Tensor, past: Past) -> torch.Tensor:
         if observe is not None:
             observe(names, x.flatten(0, 1), None)
+        cos, sin = _rotary(model, past.positions(x.shape[1]))
         q = _rotate(_rms_norm(heads(x, query), q_norm, g.norm_eps), cos, sin)
         k = _rotate(_rms_norm(heads(x, key), k_norm, g.norm_eps), cos, sin)
-        y = F.scaled_dot_product_attention(
-            q, k, heads(x, value), is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        return y.transpose(1, 2).flatten(2)
+        return past.attend(q, k, heads(x, value)).transpose(1, 2).flatten(2)
 
     return mix
 
 
-def _rotary(model: Model, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines [S, head_dim], computed in float32 as transformers does."""
+def _rotary(model: Model, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines [..., S, head_dim], computed in float32 as transformers does."""
     g = model.geometry
     exponent = torch.arange(0, g.head_dim, 2, dtype=torch.float32) / g.head_dim
-    angle = torch.arange(length, dtype=torch.float32)[:, None] / g.rope_theta**exponent
+    angle = positions.float()[..., None] / g.rope_theta**exponent
     angle = torch.cat((angle, angle), dim=-1).to(model.device)
     return angle.cos().to(model.dtype), angle.sin().to(model.dtype)
 

@@ -2,13 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
@@ -112,10 +114,21 @@ def _cut(
 def _tokenize(
     documents: list[Document], assets: Assets, geometry: Geometry
 ) -> dict[str, NDArray[np.int64]]:
-    tokenizer = load_tokenizer(assets)
     streams: dict[str, list[int]] = {}
-    encoded = tokenizer.encode_batch([d.text for d in documents], add_special_tokens=False)
-    for document, encoding in zip(documents, encoded, strict=True):
+    encoded = encode_texts([d.text for d in documents], assets, geometry)
+    for document, ids in zip(documents, encoded, strict=True):
+        streams.setdefault(document.domain, []).extend(ids)
+    return {domain: np.array(ids, np.int64) for domain, ids in streams.items()}
+
+
+def encode_texts(texts: Sequence[str], assets: Assets, geometry: Geometry) -> list[list[int]]:
+    """Token ids of rendered texts, each after the bos token.
+
+    Raises:
+        ValidationError: there is no tokenizer, or it belongs to another model.
+    """
+    found = []
+    for encoding in load_tokenizer(assets).encode_batch(list(texts), add_special_tokens=False):
         ids = list(encoding.ids)
         if geometry.bos_token_id is not None and ids[:1] != [geometry.bos_token_id]:
             ids.insert(0, geometry.bos_token_id)
@@ -124,8 +137,8 @@ def _tokenize(
                 f"{assets.folder / 'tokenizer.json'}: gives id {max(ids)}, the config's "
                 f"vocab_size is {geometry.vocab_size}; the tokenizer belongs to another model"
             )
-        streams.setdefault(document.domain, []).extend(ids)
-    return {domain: np.array(ids, np.int64) for domain, ids in streams.items()}
+        found.append(ids)
+    return found
 
 
 def load_tokenizer(assets: Assets) -> Tokenizer:
@@ -189,6 +202,15 @@ class ChatTemplate:
             if key.endswith("_token")
         }
 
+    @property
+    def thinks(self) -> bool:
+        """Whether the model writes thoughts before it answers.
+
+        Templates of models that do open them with ``<think>``; others mention ``</think>`` at
+        most, to cut foreign thoughts away.
+        """
+        return isinstance(self._source, str) and "<think>" in self._source
+
     def __call__(
         self,
         messages: list[dict[str, Any]],
@@ -207,7 +229,9 @@ class ChatTemplate:
                 f"{where}: has messages, but {self._where} has no chat template to render them"
             )
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=["jinja2.ext.loopcontrols", _GenerationBlock],
         )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
@@ -221,6 +245,16 @@ class ChatTemplate:
             )
         except (TemplateError, TypeError, KeyError, IndexError, RecursionError) as error:
             raise ValidationError(f"{where}: the chat template failed ({error!r})") from error
+
+
+class _GenerationBlock(Extension):
+    """``{% generation %}``, which marks what a model is trained on; here only what it encloses."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def _tokenizer_config(assets: Assets) -> dict[str, Any]:

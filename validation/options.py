@@ -20,6 +20,7 @@ from lfmq.converter.text import Windows, load_windows
 from lfmq.formats.build import Format
 from lfmq.formats.registry import FORMATS
 from lfmq.quant.errors import ValidationError
+from lfmq.validation.generation import Checks, prepare_checks
 
 Command = Callable[..., Any]
 
@@ -95,6 +96,28 @@ class Wanted:
     def known(self, opened: Checkpoint) -> Statistics | None:
         """The statistics file, if one was given."""
         return open_statistics(self.statistics, opened.geometry) if self.statistics else None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What builds are asked to write."""
+
+    tasks: Path | None
+    task_count: int | None
+    task_runs: int
+    new_tokens: int
+
+    def checks(self, opened: Checkpoint) -> Checks | None:
+        """The tasks, if a file was given."""
+        if self.tasks is None:
+            return None
+        return prepare_checks(
+            opened,
+            self.tasks,
+            count=self.task_count,
+            new_tokens=self.new_tokens,
+            runs=self.task_runs,
+        )
 
 
 def _threads() -> int:
@@ -176,5 +199,33 @@ text_options = _packed(
         default=512,
         show_default=True,
         help="Length of a window, tokens.",
+    ),
+)
+task_options = _packed(
+    "asked",
+    Asked,
+    click.option(
+        "--tasks",
+        type=click.Path(path_type=Path),
+        help="JSONL of chat tasks; checkpoint and builds do them, greedy and sampled.",
+    ),
+    click.option(
+        "--task-count", type=click.IntRange(1), metavar="N", help="Only the first N tasks."
+    ),
+    click.option(
+        "--task-runs",
+        type=click.IntRange(1),
+        default=1,
+        show_default=True,
+        metavar="N",
+        help="Sampled answers to each task.",
+    ),
+    click.option(
+        "--new-tokens",
+        type=click.IntRange(1),
+        default=256,
+        show_default=True,
+        metavar="N",
+        help="Most tokens of an answer.",
     ),
 )

@@ -20,10 +20,15 @@ from rich.text import Text
 
 from lfmq.converter.convert import Amount
 
+# Steps smaller than layers are told this often where there is no bar.
+_LINES = 10
+
 
 @contextmanager
-def show_progress(label: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar of layers."""
+def show_progress(
+    label: str, *, quiet: bool, unit: str = "layer"
+) -> Iterator[Callable[[int, int], None]]:
+    """A bar of layers, or of other units."""
     console = Console(stderr=True)
     if quiet:
         yield lambda step, total: None
@@ -38,16 +43,17 @@ def show_progress(label: str, *, quiet: bool) -> Iterator[Callable[[int, int], N
             task = bar.add_task(label, total=None)
             yield lambda step, total: bar.update(task, advance=step, total=total)
     else:
-        yield _line_printer(label)
+        yield _line_printer(label, unit)
 
 
-def _line_printer(label: str) -> Callable[[int, int], None]:
+def _line_printer(label: str, unit: str) -> Callable[[int, int], None]:
     done = 0
 
     def advance(step: int, total: int) -> None:
         nonlocal done
-        done += step
-        sys.stderr.write(f"{label}: layer {done} of {total}\n")
+        before, done = done, done + step
+        if unit == "layer" or before * _LINES // total < done * _LINES // total:
+            sys.stderr.write(f"{label}: {unit} {done} of {total}\n")
 
     return advance
 

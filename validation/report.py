@@ -61,6 +61,7 @@ class BuildReport:
     overall: Agreement
     routing: RoutingAgreement
     domains: Mapping[str, Agreement]
+    generation: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The object of ``builds`` in ``lfmq validate --json``."""
@@ -88,6 +89,7 @@ class BuildReport:
                 }
                 for domain, found in self.domains.items()
             },
+            **({} if self.generation is None else {"generation": self.generation}),
         }
 
 

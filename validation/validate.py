@@ -1,10 +1,11 @@
 """Builds against the checkpoint they came from, on the same tokens."""
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -46,6 +47,7 @@ def validate(
     windows: Windows,
     *,
     thresholds: Thresholds = Thresholds(),  # noqa: B008 - frozen
+    generation: Mapping[Path, Mapping[str, Any]] | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> Report:
@@ -59,6 +61,7 @@ def validate(
         builds: finished builds of any format.
         windows: the tokens.
         thresholds: what each build must reach.
+        generation: what :mod:`lfmq.validation.generation` found of builds.
         device: where matrices are multiplied.
         progress: called with 1 and the number of layers of all runs after each layer.
 
@@ -66,7 +69,7 @@ def validate(
         ValidationError: a build cannot be read or is of another model.
     """
     paths = tuple(builds)
-    opened = [_open(path, checkpoint.geometry) for path in paths]
+    opened = [open_build(path, checkpoint.geometry) for path in paths]
     advance = _count_runs(progress, 2 + len(opened))
     model = Model(checkpoint.geometry, checkpoint.read, device=device)
     reference = run_reference(model, windows, progress=advance)
@@ -78,7 +81,8 @@ def validate(
     for path, reader in zip(paths, opened, strict=True):
         model = Model(reader.geometry, reader.read, device=device)
         found = compare(reference, model, progress=advance)
-        reports.append(_report(path, reader.geometry, windows, *found))
+        report = _report(path, reader.geometry, windows, *found)
+        reports.append(replace(report, generation=(generation or {}).get(path)))
     return Report(
         checkpoint=checkpoint.assets.name,
         text_sha256=windows.text_sha256,
@@ -132,7 +136,12 @@ def compare(
     return scores, RoutingAgreement(layers)
 
 
-def _open(path: Path, expected: Geometry) -> Reader:
+def open_build(path: Path, expected: Geometry) -> Reader:
+    """A finished build, refused when it is of another model than ``expected``.
+
+    Raises:
+        ValidationError: not a build, or of another model.
+    """
     reader = FORMATS[detect_format(path)].open_reader(path)
     for key in _COMPARABLE:
         found, wanted = getattr(reader.geometry, key), getattr(expected, key)

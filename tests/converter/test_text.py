@@ -68,6 +68,33 @@ def test_chats_render_as_transformers_does(sample, sample_folder, tools, prompt)
     assert found == expected
 
 
+def test_generation_blocks_render_as_transformers_does(sample, sample_folder):
+    """LFM2.5's template marks what the model is trained on."""
+    source = (
+        "{{ bos_token }}{% for m in messages %}{{ m.role }}{% if m.role == 'assistant' %}"
+        "{%- generation -%} {{ m.content }} {%- endgeneration -%}"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(sample_folder)
+    expected = tokenizer.apply_chat_template(CHAT, chat_template=source, tokenize=False)
+    files = {**sample.assets.files, "chat_template.jinja": source.encode()}
+    assert ChatTemplate(replace(sample.assets, files=files))(CHAT) == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "thinks"),
+    [
+        (b"{{ '<think>' + messages[0].thinking + '</think>' }}", True),
+        (b"{{ messages[0].content.split('</think>')[-1] }}", False),
+        (b"{{ messages[0].content }}", False),
+    ],
+)
+def test_a_template_tells_whether_the_model_thinks(sample, source, thinks):
+    files = {**sample.assets.files, "chat_template.jinja": source}
+    assert ChatTemplate(replace(sample.assets, files=files)).thinks is thinks
+    assert ChatTemplate(sample.assets).thinks
+
+
 def test_a_template_cannot_reach_python(sample):
     source = b"{{ messages.__class__.__mro__[1].__subclasses__() }}"
     files = {**sample.assets.files, "chat_template.jinja": source}
