@@ -11,6 +11,7 @@ from typing import Any
 from lfmq.converter.calibrated import calibrated_units
 from lfmq.converter.calibration import Calibration
 from lfmq.converter.checkpoint import Checkpoint
+from lfmq.converter.fingerprints import Fingerprints
 from lfmq.converter.lock import lock_folder
 from lfmq.converter.manifest import Made, write_manifest
 from lfmq.converter.memory import DEFAULT, largest_unit, parse_bytes, peak_resident, unit_bytes
@@ -218,17 +219,25 @@ def convert(
                 state=state,
                 finished=finished,
             )
+        inputs = stack.enter_context(Fingerprints(checkpoint))
+
+        def advance(step: Amount, total: Amount) -> None:
+            inputs.advance(step.read)
+            if progress is not None:
+                progress(step, total)
+
         try:
-            _run(units, _amounts(checkpoint, plan, writers), progress)
+            _run(units, _amounts(checkpoint, plan, writers), advance)
         except (NotFiniteError, ValidationError):  # the next run cannot get past it either
             for writer in writers:
                 writer.discard()
             state.remove()
             raise
+        hashes = inputs.finish()
         check_unchanged(checkpoint, depends)
         text_sha256 = calibration.windows.text_sha256 if calibration else None
         manifest = output / f"{stem}.manifest.json"
-        _name(writers, manifest, checkpoint, plan, recipe, text_sha256)
+        _name(writers, manifest, hashes, checkpoint.assets.name, plan, recipe, text_sha256)
         state.remove()
     return tuple(
         Build(w.layout.format, w.target, nbytes, bits_per_weight(plan, nbytes))
@@ -303,7 +312,7 @@ def _amounts(checkpoint: Checkpoint, plan: Plan, writers: list[BuildWriter]) -> 
 
 
 def _run(
-    units: Iterator[tuple[Entry, ...]], amounts: Mapping[str, Amount], progress: Progress | None
+    units: Iterator[tuple[Entry, ...]], amounts: Mapping[str, Amount], progress: Progress
 ) -> None:
     """Have every unit written; whatever stops it, no thread writes after."""
     total = Amount(
@@ -318,14 +327,14 @@ def _run(
 
     with closing(each()) as found:
         for unit in found:
-            if progress is not None:
-                progress(amounts[unit[0].name], total)
+            progress(amounts[unit[0].name], total)
 
 
 def _name(
     writers: list[BuildWriter],
     manifest: Path,
-    checkpoint: Checkpoint,
+    inputs: Mapping[str, Any],
+    checkpoint: str,
     plan: Plan,
     recipe: Recipe,
     text_sha256: str | None,
@@ -334,7 +343,9 @@ def _name(
     for writer in writers:
         writer.finish()
     places = {w.layout.format: Made(w.target, w.part, w.digests()) for w in writers}
-    part = write_manifest(manifest, checkpoint, plan, recipe, places, text_sha256=text_sha256)
+    part = write_manifest(
+        manifest, checkpoint, inputs, plan, recipe, places, text_sha256=text_sha256
+    )
     try:
         for writer in writers:
             writer.commit()

@@ -4,22 +4,23 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lfmq.converter.checkpoint import INDEX, Checkpoint
 from lfmq.converter.recipe import Recipe
 from lfmq.formats.journal import digest_of
 from lfmq.formats.writer import read_run
-from lfmq.quant.errors import CheckpointError, PlanError, ValidationError
+from lfmq.quant.errors import PlanError, ValidationError
 from lfmq.quant.types import Entry, Plan, Scheme
 
 # Offset, length, digest and first tensor of each piece of a file, in order.
 Pieces = list[tuple[int, int, str, str]]
 
+_READERS = 2  # files of a build hashed at a time
 LIBRARIES = ("gguf", "numba", "numpy", "onnx", "torch")
 
 
@@ -40,7 +41,8 @@ class Made:
 
 def write_manifest(
     path: Path,
-    checkpoint: Checkpoint,
+    checkpoint: str,
+    inputs: Mapping[str, Any],
     plan: Plan,
     recipe: Recipe,
     builds: Mapping[str, Made],
@@ -54,7 +56,8 @@ def write_manifest(
 
     Args:
         path: its final name.
-        checkpoint: whose files are the inputs.
+        checkpoint: its name.
+        inputs: size and sha256 of its files.
         plan: the storage of every tensor.
         recipe: what the plan came from.
         builds: by format.
@@ -64,14 +67,13 @@ def write_manifest(
         Where it is now.
 
     Raises:
-        CheckpointError: an input cannot be read.
         PlanError: a build cannot be read, or the manifest not written.
     """
     document: dict[str, Any] = {
         "lfmq": version("lfmq"),
         "versions": {name: version(name) for name in LIBRARIES},
-        "checkpoint": checkpoint.assets.name,
-        "inputs": _hash_inputs(checkpoint),
+        "checkpoint": checkpoint,
+        "inputs": dict(inputs),
         "recipe": {"name": recipe.name, "text": recipe.text},
         "text_sha256": text_sha256,
         "plan": {e.name: _storage(e) for e in plan.entries},
@@ -90,22 +92,6 @@ def write_manifest(
             part.unlink()
         raise PlanError(f"{path}: cannot be written ({error.strerror})") from error
     return part
-
-
-def input_files(checkpoint: Checkpoint) -> list[Path]:
-    """Every file of the checkpoint's folder that a build depends on."""
-    folder = checkpoint.folder
-    inputs = [*checkpoint.weight_files, folder / "config.json"]
-    inputs += [folder / name for name in (*sorted(checkpoint.assets.files), INDEX)]
-    return [path for path in inputs if path.is_file()]
-
-
-def _hash_inputs(checkpoint: Checkpoint) -> dict[str, Any]:
-    try:
-        return {path.name: _fingerprint(path) for path in input_files(checkpoint)}
-    except OSError as error:
-        where = error.filename or checkpoint.folder
-        raise CheckpointError(f"{where}: cannot be read ({error.strerror or error})") from error
 
 
 def _kept_builds(path: Path, document: dict[str, Any]) -> dict[str, Any]:
@@ -128,9 +114,11 @@ def _build(build: Made) -> dict[str, Any]:
     name, now = build.target.name, build.part
     files = [now] if now.is_file() else sorted(p for p in now.rglob("*") if p.is_file())
     found: dict[str, Any] = {}
-    for path in files:
+    with ThreadPoolExecutor(_READERS) as pool:
+        fingerprints = list(pool.map(_fingerprint, files))
+    for path, entry in zip(files, fingerprints, strict=True):
         inside = "" if path == now else str(path.relative_to(now))
-        entry = found[str(Path(name) / inside)] = _fingerprint(path)
+        found[str(Path(name) / inside)] = entry
         if inside in build.pieces:
             entry["pieces"] = [" ".join(map(str, piece)) for piece in build.pieces[inside]]
     return {"path": name, "files": found}

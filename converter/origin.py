@@ -7,7 +7,8 @@ from importlib.metadata import version
 
 from lfmq.converter.calibration import Calibration
 from lfmq.converter.checkpoint import Checkpoint
-from lfmq.converter.manifest import LIBRARIES, input_files
+from lfmq.converter.fingerprints import input_files
+from lfmq.converter.manifest import LIBRARIES
 from lfmq.converter.recipe import Recipe
 from lfmq.converter.statistics import Statistics
 from lfmq.quant.errors import CheckpointError

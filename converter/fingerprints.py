@@ -1,0 +1,93 @@
+"""Hashes of the checkpoint's files, taken by one read that runs a little ahead of the work.
+
+The read is sequential, which disks like best, and leaves in the page cache what the work reads
+next: each byte comes from the disk once.
+"""
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Condition
+from types import TracebackType
+from typing import Any, Self
+
+from lfmq.converter.checkpoint import INDEX, Checkpoint
+from lfmq.quant.errors import CheckpointError
+
+# How far the read runs ahead, bytes; less than any machine's page cache.
+_AHEAD = 2**30
+_CHUNK = 2**24
+
+
+def input_files(checkpoint: Checkpoint) -> list[Path]:
+    """Every file of the checkpoint's folder that a build depends on."""
+    folder = checkpoint.folder
+    inputs = [*checkpoint.weight_files, folder / "config.json"]
+    inputs += [folder / name for name in (*sorted(checkpoint.assets.files), INDEX)]
+    return [path for path in inputs if path.is_file()]
+
+
+class Fingerprints:
+    """Size and sha256 of every input; a context manager whose end stops the read."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._folder = checkpoint.folder
+        self._files = input_files(checkpoint)
+        self._room: float = _AHEAD
+        self._changed = Condition()
+        self._pool = ThreadPoolExecutor(1)
+
+    def __enter__(self) -> Self:
+        self._found = self._pool.submit(self._read)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._allow(float("-inf"))
+        self._pool.shutdown()
+
+    def advance(self, nbytes: int) -> None:
+        """The work has got on by so many bytes of the inputs."""
+        self._allow(nbytes)
+
+    def finish(self) -> dict[str, Any]:
+        """By file name, when all is read.
+
+        Raises:
+            CheckpointError: a file cannot be read.
+        """
+        self._allow(float("inf"))
+        try:
+            return self._found.result()
+        except OSError as error:
+            where = error.filename or self._folder
+            raise CheckpointError(
+                f"{where}: cannot be read ({error.strerror or error})"
+            ) from error
+
+    def _allow(self, nbytes: float) -> None:
+        with self._changed:
+            self._room += nbytes
+            self._changed.notify()
+
+    def _read(self) -> dict[str, Any]:
+        return {path.name: self._fingerprint(path) for path in self._files}
+
+    def _fingerprint(self, path: Path) -> dict[str, Any]:
+        digest, nbytes = hashlib.sha256(), 0
+        with path.open("rb", buffering=0) as file:
+            while self._may_go_on() and (chunk := file.read(_CHUNK)):
+                digest.update(chunk)
+                nbytes += len(chunk)
+                self._allow(-len(chunk))
+        return {"bytes": nbytes, "sha256": digest.hexdigest()}
+
+    def _may_go_on(self) -> bool:
+        """Wait for the work to come near; False when nobody wants the result."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._room > 0 or self._room == float("-inf"))
+            return self._room != float("-inf")
