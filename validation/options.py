@@ -20,6 +20,7 @@ from lfmq.converter.text import Windows, load_windows
 from lfmq.formats.build import Format
 from lfmq.formats.registry import FORMATS
 from lfmq.quant.errors import ValidationError
+from lfmq.validation.limits import Thresholds, load_thresholds
 
 Command = Callable[..., Any]
 
@@ -95,6 +96,30 @@ class Wanted:
     def known(self, opened: Checkpoint) -> Statistics | None:
         """The statistics file, if one was given."""
         return open_statistics(self.statistics, opened.geometry) if self.statistics else None
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What a build must reach."""
+
+    thresholds: Path | None
+    max_kld: float | None
+    max_perplexity_ratio: float | None
+    min_top1: float | None
+    min_routing: float | None
+    min_local_routing: float | None
+
+    def stated(self, windows: Windows) -> Thresholds:
+        """The file's limits, those of options in their place; both are for these tokens."""
+        given = Thresholds() if self.thresholds is None else load_thresholds(self.thresholds)
+        given.check_text(windows.text_sha256, windows.tokens, windows.ids.shape[1])
+        return given.with_limits(
+            max_kld=self.max_kld,
+            max_perplexity_ratio=self.max_perplexity_ratio,
+            min_top1=self.min_top1,
+            min_routing=self.min_routing,
+            min_local_routing=self.min_local_routing,
+        )
 
 
 def _threads() -> int:
@@ -178,3 +203,23 @@ text_options = _packed(
         help="Length of a window, tokens.",
     ),
 )
+gate_options = _packed(
+    "gate",
+    Gate,
+    click.option(
+        "--thresholds",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="TOML file of limits; options take their place.",
+    ),
+    click.option("--max-kld", type=float, help="Highest mean KL divergence, nats a token."),
+    click.option("--max-perplexity-ratio", type=float, help="Highest perplexity ratio."),
+    click.option("--min-top1", type=float, help="Lowest share of the same most likely token."),
+    click.option("--min-routing", type=float, help="Lowest share of the same set of experts."),
+    click.option(
+        "--min-local-routing",
+        type=float,
+        help="Lowest such share where routers read the reference's hidden states.",
+    ),
+)
+engine_choice = click.Choice(["read", "native"])

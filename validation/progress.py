@@ -22,8 +22,10 @@ from lfmq.converter.convert import Amount
 
 
 @contextmanager
-def show_progress(label: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar of layers."""
+def show_progress(
+    label: str, *, quiet: bool, unit: str = "layer"
+) -> Iterator[Callable[[int, int], None]]:
+    """A bar of layers, or of other units."""
     console = Console(stderr=True)
     if quiet:
         yield lambda step, total: None
@@ -38,7 +40,7 @@ def show_progress(label: str, *, quiet: bool) -> Iterator[Callable[[int, int], N
             task = bar.add_task(label, total=None)
             yield lambda step, total: bar.update(task, advance=step, total=total)
     else:
-        yield _line_printer(label)
+        yield _line_printer(f"{label}: {unit}")
 
 
 def _line_printer(label: str) -> Callable[[int, int], None]:
@@ -47,7 +49,7 @@ def _line_printer(label: str) -> Callable[[int, int], None]:
     def advance(step: int, total: int) -> None:
         nonlocal done
         done += step
-        sys.stderr.write(f"{label}: layer {done} of {total}\n")
+        sys.stderr.write(f"{label} {done} of {total}\n")
 
     return advance
 
