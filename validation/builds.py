@@ -11,6 +11,7 @@ from lfmq.converter.tensors import expected_tensors
 from lfmq.formats.build import Reader
 from lfmq.formats.registry import FORMATS, build_nbytes, detect_format
 from lfmq.quant.errors import ValidationError
+from lfmq.validation.facts import Fact, differing_facts
 from lfmq.validation.native import NATIVE, load_engine, native_version
 from lfmq.validation.runs import Comparison, Progress, Reference, compare_model, compare_native
 
@@ -38,6 +39,7 @@ class EngineBuild:
         native: run in the format's own runtime, not the reference forward.
         engine: the runtime's name, or ``read``.
         engine_version: of the runtime, or of lfmq and torch.
+        facts: what it says otherwise than the checkpoint.
     """
 
     path: Path
@@ -46,6 +48,7 @@ class EngineBuild:
     native: bool
     engine: str
     engine_version: str
+    facts: tuple[Fact, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -96,9 +99,10 @@ def open_builds(
         ValidationError: a build cannot be read or is of another model, or a runtime is missing.
     """
     return [
-        _open(path, reader, format, engine)
+        _open(path, reader, format, engine, facts)
         for path in paths
         for format, reader in [_read(path, checkpoint)]
+        for facts in [differing_facts(path, format, reader.geometry, checkpoint)]
         for engine in dict.fromkeys(engines)
     ]
 
@@ -116,9 +120,11 @@ def _read(path: Path, checkpoint: Checkpoint) -> tuple[str, Reader]:
     return format, reader
 
 
-def _open(path: Path, reader: Reader, format: str, engine: Engine) -> EngineBuild:
+def _open(
+    path: Path, reader: Reader, format: str, engine: Engine, facts: tuple[Fact, ...]
+) -> EngineBuild:
     if engine == "read":
         own = f"lfmq {version('lfmq')}, torch {version('torch')}"
-        return EngineBuild(path, format, reader, False, "read", own)
+        return EngineBuild(path, format, reader, False, "read", own, facts)
     name = load_engine(NATIVE[format]).NAME
-    return EngineBuild(path, format, reader, True, name, native_version(format))
+    return EngineBuild(path, format, reader, True, name, native_version(format), facts)

@@ -31,7 +31,8 @@ _COMPARED = (
 def judge(document: Document, thresholds: Thresholds) -> tuple[Failure, ...]:
     """The limits each build of a report misses, in the order of the builds.
 
-    A figure that is not a number misses its limit, and so does one that no engine measured.
+    A figure that is not a number misses its limit, and so does one that no engine measured. What
+    a build says otherwise than its checkpoint misses without a limit.
 
     Args:
         document: of ``lfmq validate --json``.
@@ -45,6 +46,7 @@ def judge(document: Document, thresholds: Thresholds) -> tuple[Failure, ...]:
     for row in rows:
         same_build = [other for other in rows if other["path"] == row["path"]]
         failures += [
+            *(_facts(row) if row is same_build[0] else ()),
             *_absolute(row, same_build, thresholds),
             *_by_domain(row, thresholds),
             *_relative(row, same_build, document["noise_floor"], thresholds),
@@ -61,6 +63,13 @@ def figure(document: Document, place: str) -> float | None:
         value = value.get(key) if isinstance(value, Mapping) else None
     known = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if known and math.isfinite(value) else None
+
+
+def _facts(row: Document) -> Iterator[Failure]:
+    for fact in row.get("facts", ()):
+        why = f"the build says {fact['found']}, the checkpoint {fact['expected']}"
+        numbers = figure(fact, "found"), figure(fact, "expected")
+        yield _failure(row, f"facts.{fact['name']}", *numbers, why)
 
 
 def _absolute(row: Document, same: list[Document], thresholds: Thresholds) -> Iterator[Failure]:

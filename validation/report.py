@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lfmq.validation.facts import Fact
 from lfmq.validation.routing import RoutingAgreement
 from lfmq.validation.significance import Interval
 
@@ -135,6 +136,7 @@ class BuildReport:
         routing: of experts.
         domains: by domain of the text.
         positions: by place in the window.
+        facts: what the build says otherwise than the checkpoint.
         attribution: by layer and expert, if it was asked for.
         generation: what generation checks found, if they ran.
         warnings: what is known to be wrong with the engine.
@@ -152,6 +154,7 @@ class BuildReport:
     routing: RoutingAgreement
     domains: Mapping[str, DomainAgreement]
     positions: tuple[PositionRange, ...]
+    facts: tuple[Fact, ...] = ()
     attribution: Attribution | None = None
     generation: Generation | None = None
     warnings: tuple[str, ...] = ()
@@ -180,6 +183,7 @@ class BuildReport:
             "positions": [_position_json(p) for p in self.positions],
             **(self.attribution.to_json() if self.attribution is not None else {}),
             **({"generation": dict(self.generation)} if self.generation is not None else {}),
+            "facts": [asdict(fact) for fact in self.facts],
             "warnings": list(self.warnings),
         }
 
@@ -222,6 +226,7 @@ class NoiseFloor:
         routing_exact_set: with float32.
         domains: by domain of the text.
         layers: ``routing_exact_set`` by layer.
+        positions: by place in the window.
     """
 
     kld_mean: float
@@ -231,6 +236,7 @@ class NoiseFloor:
     routing_exact_set: float
     domains: Mapping[str, DomainAgreement]
     layers: Mapping[int, float]
+    positions: tuple[PositionRange, ...]
 
     def to_json(self) -> dict[str, Any]:
         """The object ``noise_floor``."""
@@ -242,6 +248,7 @@ class NoiseFloor:
             "routing_exact_set": self.routing_exact_set,
             "domains": {domain: _domain_json(d) for domain, d in self.domains.items()},
             "layers": [{"layer": n, "exact_set": share} for n, share in self.layers.items()],
+            "positions": [_position_json(p) for p in self.positions],
         }
 
 

@@ -93,7 +93,7 @@ def histogram(kld: NDArray[np.float64]) -> Histogram:
     return Histogram(tuple(_HISTOGRAM_EDGES.tolist()), tuple(counts.tolist()))
 
 
-def summarize_floor(found: Comparison, domains: tuple[str, ...]) -> NoiseFloor:
+def summarize_floor(found: Comparison, domains: tuple[str, ...], sequence: int) -> NoiseFloor:
     """What 16-bit arithmetic alone does."""
     overall = summarize_scores(found.scores)
     return NoiseFloor(
@@ -104,6 +104,7 @@ def summarize_floor(found: Comparison, domains: tuple[str, ...]) -> NoiseFloor:
         found.routing.exact_set,
         summarize_domains(found, domains),
         {layer.layer: layer.exact_set for layer in found.routing.layers},
+        summarize_positions(found, sequence),
     )
 
 

@@ -84,7 +84,7 @@ def validate(
         conditions=conditions_of(windows, threads, device),
         tokens_scored=int(floor.scores.kld.size),
         reference_perplexity=perplexity_of(reference, floor),
-        noise_floor=summarize_floor(floor, windows.domains),
+        noise_floor=summarize_floor(floor, windows.domains, windows.ids.shape[1]),
         builds=tuple(reports),
     )
 
@@ -109,6 +109,7 @@ def report_build(
         routing=found.routing,
         domains=summarize_domains(found, windows.domains),
         positions=summarize_positions(found, windows.ids.shape[1]),
+        facts=build.facts,
         attribution=attribution,
     )
 

@@ -123,6 +123,17 @@ def test_a_runtime_must_route_as_its_weights_do_in_read():
     assert "no row of --engine read" in failure.why
 
 
+def test_what_a_build_says_otherwise_misses_without_a_limit():
+    facts = [
+        {"name": "bos_token_id", "found": 7, "expected": 1},
+        {"name": "tokenizer.json", "found": "another in model", "expected": "its own"},
+    ]
+    first, second = missed(row(facts=facts), native() | {"facts": facts})
+    assert (first.figure, first.found, first.limit) == ("facts.bos_token_id", 7, 1)
+    assert (second.figure, second.found) == ("facts.tokenizer.json", None)
+    assert second.why == "the build says another in model, the checkpoint its own"
+
+
 def test_limits_of_a_domain():
     assert figures(domains={"en": {"max_kld": 0.002, "min_routing": 0.99}}) == []
     assert figures(domains={"en": {"min_top1": 0.99}}) == ["domains.en.top1_agreement"]

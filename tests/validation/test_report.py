@@ -72,7 +72,7 @@ def report(*builds: BuildReport, windows=3) -> Report:
         conditions=Conditions("0", "2", 1, "cpu", SEQUENCE, windows * SEQUENCE, "00"),
         tokens_scored=windows * 8,
         reference_perplexity=3.0,
-        noise_floor=summarize_floor(comparison(windows), ("en", "py", "en")[:windows]),
+        noise_floor=summarize_floor(comparison(windows), ("en", "py", "en")[:windows], SEQUENCE),
         builds=builds,
     )
 
@@ -153,6 +153,8 @@ def test_json_has_the_keys_of_the_contract():
     assert found["top1_ci95"][0] <= found["top1_agreement"] <= found["top1_ci95"][1]
     assert found["routing"]["ci95"] is not None
     assert found["warnings"] == []
+    assert found["facts"] == []
+    assert len(floor["positions"]) == 8
     assert not {"generation", "layers_kld", "experts"} & set(found)
 
 
