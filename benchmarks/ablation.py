@@ -19,8 +19,8 @@ from lfmq.converter.forward import Model
 from lfmq.converter.locate import sample_file
 from lfmq.converter.recipe import Recipe, load_recipe
 from lfmq.converter.text import Windows, load_windows
-from lfmq.validation.report import summarize_scores
-from lfmq.validation.validate import Reference, compare, run_reference
+from lfmq.validation.runs import Reference, compare_model, run_reference
+from lfmq.validation.summaries import summarize_scores
 
 SEQUENCE = 256
 PROSE = ("ar", "de", "en", "es", "fr", "it", "ja", "pt", "zh")
@@ -100,9 +100,9 @@ def judge(
     chosen = None if settings is None else windows
     _, weights = ours(sample, recipe, chosen, settings)
     seconds = time.monotonic() - started
-    scores, routing = compare(reference, Model(sample.geometry, lambda name: weights[name]))
-    kld = summarize_scores(scores).kld
-    return f"{kld.mean:.6f}", f"{routing.exact_set:.4f}", f"{seconds:.0f}"
+    found = compare_model(reference, Model(sample.geometry, lambda name: weights[name]))
+    kld = summarize_scores(found.scores).kld
+    return f"{kld.mean:.6f}", f"{found.routing.exact_set:.4f}", f"{seconds:.0f}"
 
 
 def transfer(sample: Checkpoint, tokens: int) -> Table:

@@ -24,8 +24,8 @@ from lfmq.converter.forward import Model
 from lfmq.converter.locate import sample_file
 from lfmq.converter.recipe import load_recipe
 from lfmq.quant.types import Geometry
-from lfmq.validation.report import summarize_scores
-from lfmq.validation.validate import compare, run_reference
+from lfmq.validation.runs import compare_model, run_reference
+from lfmq.validation.summaries import summarize_scores
 
 Floats = NDArray[np.float32]
 
@@ -83,10 +83,11 @@ def main() -> None:
             figures = []
             for chosen in (None, windows):
                 _, weights = ours(source, load_recipe(recipe), chosen, Settings())
-                scores, routing = compare(reference, Model(sample.geometry, weights.__getitem__))
-                figures.append(f"{summarize_scores(scores).kld.mean:.6f}")
-            table.add_row(recipe, name, *figures, f"{routing.exact_set:.4f}")
-            print(recipe, name, *figures, f"{routing.exact_set:.4f}", flush=True)
+                found = compare_model(reference, Model(sample.geometry, weights.__getitem__))
+                figures.append(f"{summarize_scores(found.scores).kld.mean:.6f}")
+            figures.append(f"{found.routing.exact_set:.4f}")
+            table.add_row(recipe, name, *figures)
+            print(recipe, name, *figures, flush=True)
     Console(width=110).print(table)
 
 

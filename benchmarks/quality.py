@@ -39,8 +39,8 @@ from lfmq.quant.types import (
     Weight,
     dequantize,
 )
-from lfmq.validation.report import summarize_scores
-from lfmq.validation.validate import Reference, compare, run_reference
+from lfmq.validation.runs import Reference, compare_model, run_reference
+from lfmq.validation.summaries import summarize_scores
 
 Weights = dict[str, np.ndarray]
 Q = GGMLQuantizationType
@@ -225,8 +225,8 @@ def mlx_affine(sample: Checkpoint, group: int) -> tuple[float, Weights]:
 
 def judge(reference: Reference, geometry: Geometry, build: Build) -> dict[str, Any]:
     """The figures of a build."""
-    scores, routing = compare(reference, Model(geometry, lambda name: build.weights[name]))
-    found = summarize_scores(scores)
+    compared = compare_model(reference, Model(geometry, lambda name: build.weights[name]))
+    found, routing = summarize_scores(compared.scores), compared.routing
     return {
         "name": build.name,
         "bits_per_weight": build.bits_per_weight,

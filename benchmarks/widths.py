@@ -22,7 +22,7 @@ from lfmq.converter.plan import resolve_plan
 from lfmq.converter.recipe import Recipe, load_recipe, parse_recipe
 from lfmq.converter.statistics import Statistics
 from lfmq.formats.registry import FORMATS
-from lfmq.validation.validate import run_reference
+from lfmq.validation.runs import run_reference
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ Observe = Callable[[tuple[str, ...], torch.Tensor, torch.Tensor | None], None]
 
 # transformers adds it to the sum of the chosen experts' weights before dividing by it
 _SUM_EPSILON = 1e-6
-# Tokens that go through attention or convolution together; bounds their temporary tensors.
+# Tokens that go through a dense part together; bounds its temporary tensors.
 _TOKENS_AT_ONCE = 8192
 
 
@@ -246,8 +246,11 @@ def feed_forward(
     prefix += "feed_forward."
     routing = None
     if layer < model.geometry.num_dense_layers:
-        out = _swiglu(model, prefix, x, None, observe)
+        parts = x.split(_TOKENS_AT_ONCE)
+        out = torch.cat([_swiglu(model, prefix, part, None, observe) for part in parts])
     else:
+        if observe is not None:
+            observe((prefix + "gate.weight",), x, None)
         routing = route(model, layer, x)
         out = _experts(model, prefix, x, routing, observe)
     states = states + out.view_as(states)

@@ -75,7 +75,9 @@ class GgufReader:
         key, expert = split_expert(name)
         tensor = self._tensor(tensor_name(key, self._names))
         data = tensor.data if expert is None else tensor.data[expert]
-        values: NDArray[np.float32] = dequantize(data, tensor.tensor_type).astype(np.float32)
+        values: NDArray[np.float32] = dequantize(data, tensor.tensor_type).astype(
+            np.float32, copy=False
+        )
         return values[:, None, :] if name.endswith(".conv.conv.weight") else values
 
 

@@ -125,6 +125,31 @@ def test_a_missed_threshold_exits_3(builds, option, limit, figure):
     assert f"{figure} is" in shown.stdout
 
 
+def test_a_gate_of_a_file_and_a_baseline(builds, tmp_path):
+    before = document(validate(builds, "--json"))
+    (tmp_path / "before.json").write_text(json.dumps(before))
+    gate = tmp_path / "gate.toml"
+    gate.write_text('baseline = "before.json"\n[limits]\nmax_kld = 1e-9\n')
+    done = validate(builds, "--thresholds", gate, "--json")
+    assert done.exit_code == 3
+    assert [f["figure"] for f in json.loads(done.stdout)["failures"]] == ["kld.mean"]
+    assert validate(builds, "--thresholds", gate, "--max-kld", 1).exit_code == 0
+    longer = lfmq(
+        "validate", "sample", before["builds"][0]["path"], "--thresholds", gate, "--tokens", 1024
+    )
+    assert longer.exit_code == 1
+    assert "this run's 1024" in longer.stderr
+
+
+def test_compare(builds):
+    path = builds["builds"][0]["path"]
+    words = ("compare", "sample", path, path, "--tokens", 512, "--sequence", 128, "--quiet")
+    found = document(lfmq(*words, "--json"))
+    assert [d["difference"] for d in found["figures"]] == [0.0] * 4
+    assert found["top1"] == {"only_a": 0, "only_b": 0, "p": 1.0}
+    assert lfmq(*words).stdout.count("equal") == 4
+
+
 def test_verify(builds, tmp_path):
     paths = [b["path"] for b in builds["builds"]]
     assert [b["intact"] for b in document(lfmq("verify", *paths, "--json"))["builds"]] == [

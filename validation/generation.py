@@ -6,7 +6,7 @@ for all builds.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,12 @@ from lfmq.converter.decode import Decoder, KeptModel, sequence_nbytes
 from lfmq.converter.forward import Model
 from lfmq.converter.text import load_tokenizer
 from lfmq.quant.errors import ValidationError
+from lfmq.validation.builds import open_builds
 from lfmq.validation.generation_figures import Answer, Figures
 from lfmq.validation.repeats import find_repeats
+from lfmq.validation.report import Report
 from lfmq.validation.sampling import Sampling, card_sampling, draws, sample, stop_tokens
 from lfmq.validation.tasks import Tasks, has_thought, judge, load_tasks
-from lfmq.validation.validate import open_build
 
 Progress = Callable[[int, int], None]
 
@@ -113,12 +114,20 @@ def check_builds(
         ValidationError: a build cannot be read or is of another model.
     """
     paths = tuple(dict.fromkeys(paths))
-    readers = [open_build(path, checkpoint.geometry) for path in paths]
-    builds = (Model(r.geometry, r.read, device=device) for r in readers)
+    opened = open_builds(paths, ("read",), checkpoint)
+    builds = (build.model(device) for build in opened)
     reference = Model(checkpoint.geometry, checkpoint.read, device=device)
     total = (1 + len(paths)) * len(checks.tasks.tasks) * (1 + checks.runs)
     advance = None if progress is None else (lambda step: progress(step, total))
     return dict(zip(paths, compare_models(reference, builds, checks, advance), strict=True))
+
+
+def with_generation(report: Report, found: Mapping[Path, Generation]) -> Report:
+    """A report whose first row of each build tells what the build wrote."""
+    rows, left = [], {str(path): generation.to_json() for path, generation in found.items()}
+    for build in report.builds:
+        rows.append(replace(build, generation=left.pop(build.path, None)))
+    return replace(report, builds=tuple(rows))
 
 
 def compare_models(

@@ -1,9 +1,10 @@
-"""How far one model's predictions and routing are from another's, position by position.
+"""How far one model's predictions are from another's, position by position.
 
 All logarithms are natural. Shapes: W windows, S tokens a window, P scored positions a window,
-T = W * P, H hidden size, V vocabulary, k experts a token.
+T = W * P, H hidden size, V vocabulary.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,22 +45,14 @@ class PositionScores:
     kld: NDArray[np.float64]
     same_top: NDArray[np.bool_]
 
-
-@dataclass(frozen=True, slots=True)
-class LayerRouting:
-    """Agreement of one MoE layer's router with the reference's.
-
-    Attributes:
-        layer: index in the model.
-        exact_set: share of tokens with the same set of experts.
-        jaccard: mean intersection over union of the two sets.
-        load_shift: Jensen-Shannon divergence of the expert load distributions, nats.
-    """
-
-    layer: int
-    exact_set: float
-    jaccard: float
-    load_shift: float
+    def of(self, windows: NDArray[np.bool_], positions: slice = slice(None)) -> "PositionScores":
+        """The scores of some windows and positions."""
+        return PositionScores(
+            self.reference_nll[windows, positions],
+            self.nll[windows, positions],
+            self.kld[windows, positions],
+            self.same_top[windows, positions],
+        )
 
 
 def scored_positions(sequence: int) -> slice:
@@ -79,62 +72,65 @@ def score_positions(
         ids: [W, S], the windows.
     """
     part = scored_positions(ids.shape[1])
-    target = torch.from_numpy(ids[:, part.start + 1 : part.stop + 1].reshape(-1))
     ours, theirs = (p.hidden[:, part].flatten(0, 1) for p in (reference, build))
-    step = max(1, _LOGIT_BYTES // (4 * reference.head.shape[0]))
-    columns: tuple[list[torch.Tensor], ...] = ([], [], [], [])
-    for i in range(0, len(target), step):
-        rows = slice(i, i + step)
-        p = _log_probabilities(ours[rows], reference.head)
-        q = _log_probabilities(theirs[rows], build.head)
-        wanted = target[rows, None].to(p.device)
-        columns[0].append(-p.gather(1, wanted)[:, 0])
-        columns[1].append(-q.gather(1, wanted)[:, 0])
-        columns[3].append(p.argmax(1) == q.argmax(1))
-        columns[2].append((p.exp() * p.sub_(q)).sum(1))
-    shape = (ids.shape[0], part.stop - part.start)
-    values = [torch.cat(c).cpu().numpy().reshape(shape) for c in columns]
-    reference_nll, nll, kld = (v.astype(np.float64) for v in values[:3])
-    return PositionScores(reference_nll, nll, kld, values[3])
+    target = _next_tokens(ids)
+    columns = _Columns()
+    for rows in _blocks(len(target), reference.head):
+        q = F.linear(theirs[rows], build.head)
+        columns.add(F.linear(ours[rows], reference.head), q, target[rows])
+    return columns.scores(ids)
 
 
-def _log_probabilities(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-    return F.log_softmax(F.linear(hidden, head).float(), dim=-1)
+@torch.inference_mode()
+def score_logits(
+    reference: Predictor, logits: Iterable[NDArray[np.float32]], ids: NDArray[np.int64]
+) -> PositionScores:
+    """The same for a build whose logits [P, V] come window by window; one window is held.
+
+    Args:
+        reference: what the checkpoint computes.
+        logits: of the scored positions of each window, in order.
+        ids: [W, S], the windows.
+    """
+    part = scored_positions(ids.shape[1])
+    target = _next_tokens(ids).view(len(ids), -1)
+    columns = _Columns()
+    for window, found in enumerate(logits):
+        hidden = reference.hidden[window, part]
+        for rows in _blocks(len(hidden), reference.head):
+            q = torch.from_numpy(found[rows]).to(hidden.device)
+            columns.add(F.linear(hidden[rows], reference.head), q, target[window, rows])
+    return columns.scores(ids)
 
 
-def compare_routing(
-    layer: int, reference: torch.Tensor, build: torch.Tensor, num_experts: int
-) -> LayerRouting:
-    """Agreement of two selections [T, k] of the same tokens."""
-    k = reference.shape[1]
-    shared = (reference[:, :, None] == build[:, None, :]).any(-1).sum(-1).double()  # [T]
-    return LayerRouting(
-        layer,
-        exact_set=float((shared == k).double().mean()),
-        jaccard=float((shared / (2 * k - shared)).mean()),
-        load_shift=jensen_shannon(_load(reference, num_experts), _load(build, num_experts)),
-    )
+class _Columns:
+    """Values of positions, a block of rows at a time."""
+
+    def __init__(self) -> None:
+        self._columns: tuple[list[torch.Tensor], ...] = ([], [], [], [])
+
+    def add(self, reference: torch.Tensor, build: torch.Tensor, target: torch.Tensor) -> None:
+        """Take logits [n, V] of both and the tokens [n] that follow."""
+        p, q = (F.log_softmax(logits.float(), dim=-1) for logits in (reference, build))
+        wanted = target[:, None].to(p.device)
+        same = p.argmax(1) == q.argmax(1)
+        nll = [-x.gather(1, wanted)[:, 0] for x in (p, q)]
+        kld = (p.exp() * p.sub_(q)).sum(1)
+        for column, values in zip(self._columns, (*nll, kld, same), strict=True):
+            column.append(values.cpu())
+
+    def scores(self, ids: NDArray[np.int64]) -> PositionScores:
+        values = [torch.cat(c).numpy().reshape(len(ids), -1) for c in self._columns]
+        reference_nll, nll, kld = (v.astype(np.float64) for v in values[:3])
+        return PositionScores(reference_nll, nll, kld, values[3])
 
 
-def _load(selected: torch.Tensor, num_experts: int) -> NDArray[np.float64]:
-    counts = torch.bincount(selected.flatten(), minlength=num_experts)
-    return counts.double().cpu().numpy() / selected.numel()
+def _next_tokens(ids: NDArray[np.int64]) -> torch.Tensor:
+    """What follows each scored position, [T]."""
+    part = scored_positions(ids.shape[1])
+    return torch.from_numpy(ids[:, part.start + 1 : part.stop + 1].reshape(-1))
 
 
-def jensen_shannon(p: NDArray[np.float64], q: NDArray[np.float64]) -> float:
-    """Jensen-Shannon divergence of two distributions, nats (Lin 1991, equal weights)."""
-    middle = (p + q) / 2
-
-    def divergence(a: NDArray[np.float64]) -> float:
-        seen = a > 0
-        return float(np.sum(a[seen] * np.log(a[seen] / middle[seen])))
-
-    return max(0.0, (divergence(p) + divergence(q)) / 2)
-
-
-def standard_error(values: NDArray[np.float64]) -> float:
-    """Of the mean of [W, P] values, by window: positions of one window depend on each other."""
-    windows = values.mean(axis=1)
-    if len(windows) < 2:
-        return float("nan")
-    return float(windows.std(ddof=1) / np.sqrt(len(windows)))
+def _blocks(rows: int, head: torch.Tensor) -> list[slice]:
+    step = max(1, _LOGIT_BYTES // (4 * head.shape[0]))
+    return [slice(i, i + step) for i in range(0, rows, step)]

@@ -21,6 +21,7 @@ from lfmq.formats.build import Format
 from lfmq.formats.registry import FORMATS
 from lfmq.quant.errors import ValidationError
 from lfmq.validation.generation import Checks, prepare_checks
+from lfmq.validation.limits import Thresholds, load_thresholds
 
 Command = Callable[..., Any]
 
@@ -117,6 +118,30 @@ class Asked:
             count=self.task_count,
             new_tokens=self.new_tokens,
             runs=self.task_runs,
+        )
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What a build must reach."""
+
+    thresholds: Path | None
+    max_kld: float | None
+    max_perplexity_ratio: float | None
+    min_top1: float | None
+    min_routing: float | None
+    min_local_routing: float | None
+
+    def stated(self, windows: Windows) -> Thresholds:
+        """The file's limits, those of options in their place; both are for these tokens."""
+        given = Thresholds() if self.thresholds is None else load_thresholds(self.thresholds)
+        given.check_text(windows.text_sha256, windows.tokens, windows.ids.shape[1])
+        return given.with_limits(
+            max_kld=self.max_kld,
+            max_perplexity_ratio=self.max_perplexity_ratio,
+            min_top1=self.min_top1,
+            min_routing=self.min_routing,
+            min_local_routing=self.min_local_routing,
         )
 
 
@@ -229,3 +254,23 @@ task_options = _packed(
         help="Most tokens of an answer.",
     ),
 )
+gate_options = _packed(
+    "gate",
+    Gate,
+    click.option(
+        "--thresholds",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="TOML file of limits; options take their place.",
+    ),
+    click.option("--max-kld", type=float, help="Highest mean KL divergence, nats a token."),
+    click.option("--max-perplexity-ratio", type=float, help="Highest perplexity ratio."),
+    click.option("--min-top1", type=float, help="Lowest share of the same most likely token."),
+    click.option("--min-routing", type=float, help="Lowest share of the same set of experts."),
+    click.option(
+        "--min-local-routing",
+        type=float,
+        help="Lowest such share where routers read the reference's hidden states.",
+    ),
+)
+engine_choice = click.Choice(["read", "native"])

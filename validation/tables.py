@@ -1,5 +1,6 @@
 """Results as tables for a terminal; the command line prints them."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +13,7 @@ from lfmq.converter.convert import Build, PlannedBuild
 from lfmq.converter.inspect import Inspection
 from lfmq.converter.plan import summarize
 from lfmq.quant.types import Plan
+from lfmq.validation.paired import PairedReport
 from lfmq.validation.report import Report
 
 Row = tuple[str, ...]
@@ -102,34 +104,71 @@ def coverage_table(coverage: Iterable[ExpertCoverage], steps: Iterable[RouterSte
 
 
 def report_table(report: Report) -> Table:
-    """Every build against the reference, the noise floor last."""
+    """Every build in every engine against the reference, the noise floor last."""
     rows = [
         (
             Path(b.path).name,
-            f"{b.nbytes:,}",
+            b.engine,
             f"{b.bits_per_weight:.3f}",
             f"{b.overall.perplexity_ratio:.5f}",
-            f"{b.overall.kld.mean:.6f}",
+            _with_error(b.overall.kld.mean, b.overall.kld.stderr),
             f"{b.overall.top1_agreement:.4f}",
             f"{b.routing.exact_set:.4f}",
+            "" if b.routing.local_exact_set is None else f"{b.routing.local_exact_set:.4f}",
         )
         for b in report.builds
     ]
     n = report.noise_floor
-    floor = (f"{n.kld_mean:.6f}", f"{n.top1_agreement:.4f}", f"{n.routing_exact_set:.4f}")
-    rows.append(("noise floor (bfloat16)", "", "", "", *floor))
+    rows.append(
+        (
+            "noise floor",
+            "bfloat16",
+            "",
+            f"{n.perplexity_ratio:.5f}",
+            _with_error(n.kld_mean, n.kld_stderr),
+            f"{n.top1_agreement:.4f}",
+            f"{n.routing_exact_set:.4f}",
+            "",
+        )
+    )
     title = (
         f"{report.checkpoint}: {report.tokens_scored:,} tokens scored, "
         f"reference perplexity {report.reference_perplexity:.3f}"
     )
-    columns = ("build", "bytes", "bits/weight", "ppl ratio", "mean KLD", "top-1", "routing")
-    return _table(title, columns, rows)
+    columns = ("build", "engine", "bits/weight", "ppl ratio", "mean KLD")
+    return _table(title, (*columns, "top-1", "routing", "local"), rows)
+
+
+def differences_table(report: PairedReport) -> Table:
+    """Each figure of two builds, its difference, and what that shows."""
+    verdicts = {"a": "A better", "b": "B better", None: "no difference shown"}
+    rows = [
+        (
+            d.figure,
+            f"{d.a:.6f}",
+            f"{d.b:.6f}",
+            f"{d.difference:+.6f}",
+            "unknown"
+            if math.isnan(d.interval.low)
+            else f"{d.interval.low:+.6f} to {d.interval.high:+.6f}",
+            "equal" if d.equal else verdicts[d.better],
+        )
+        for d in report.figures
+    ]
+    a, b = report.a, report.b
+    title = f"A {a.path} ({a.engine}), B {b.path} ({b.engine}): {report.tokens_scored:,} tokens"
+    return _table(title, ("figure", "A", "B", "B - A", "95 %", "verdict"), rows)
+
+
+def _with_error(value: float, error: float) -> str:
+    """A single window has no standard error."""
+    return f"{value:.6f}" if math.isnan(error) else f"{value:.6f} ± {error:.6f}"
 
 
 def _table(title: str, columns: Row, rows: Iterable[Row]) -> Table:
     table = Table(title=title, title_justify="left")
     for i, column in enumerate(columns):
-        text = i == 0 or column == "path"
+        text = i == 0 or column in ("path", "engine", "verdict")
         table.add_column(column, justify="left" if text else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)

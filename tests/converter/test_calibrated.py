@@ -10,7 +10,7 @@ from lfmq.converter.calibrated import calibrated_units
 from lfmq.converter.calibration import Calibration
 from lfmq.converter.checkpoint import Checkpoint, open_checkpoint
 from lfmq.converter.convert import Amount, convert
-from lfmq.converter.forward import Model, run_model
+from lfmq.converter.forward import Model
 from lfmq.converter.nearest import nearest_units
 from lfmq.converter.plan import resolve_plan
 from lfmq.converter.recipe import load_recipe
@@ -19,9 +19,8 @@ from lfmq.formats.registry import FORMATS
 from lfmq.quant.errors import CheckpointError, ValidationError
 from lfmq.quant.ridge import ridge_factor, step_toward
 from lfmq.quant.types import Quantized, dequantize
-from lfmq.validation.metrics import Predictor, compare_routing, score_positions
-from lfmq.validation.report import summarize_scores
-from lfmq.validation.validate import compare, run_reference
+from lfmq.validation.runs import compare_model, run_reference
+from lfmq.validation.summaries import summarize_scores
 
 SEQUENCE = 256
 
@@ -65,23 +64,12 @@ def calibrated(sample):
 def test_nearer_than_rounding_to_nearest(sample, calibrated):
     """Half a thousand windows would show 0.54; a few keep the test short and still tell."""
     windows = windows_of(sample, "evaluation.jsonl", 11 * SEQUENCE)
-    head = "model.embed_tokens.weight"
-    reference = run_model(Model(sample.geometry, sample.read), windows.ids)
-    predictor = Predictor(reference.hidden, torch.from_numpy(sample.read(head)))
+    reference = run_reference(Model(sample.geometry, sample.read), windows)
     kld, exact = {}, {}
     for name, weights in (("ours", calibrated[0]), ("nearest", run(sample, "int4")[0])):
-        read = read_of(weights)
-        trace = run_model(Model(sample.geometry, read), windows.ids)
-        own = Predictor(trace.hidden, torch.from_numpy(read(head)))
-        kld[name] = score_positions(predictor, own, windows.ids).kld.mean()
-        exact[name] = np.mean(
-            [
-                compare_routing(
-                    layer, r.selected, trace.routing[layer].selected, sample.geometry.num_experts
-                ).exact_set
-                for layer, r in reference.routing.items()
-            ]
-        )
+        found = compare_model(reference, Model(sample.geometry, read_of(weights)))
+        kld[name] = found.scores.kld.mean()
+        exact[name] = found.routing.exact_set
     assert kld["ours"] < 0.85 * kld["nearest"]
     assert exact["ours"] > exact["nearest"]
 
@@ -228,6 +216,6 @@ def test_on_a_gpu(sample, calibrated):
     reference = run_reference(Model(sample.geometry, sample.read), text)
     klds = []
     for weights in (found, calibrated[0]):
-        scores, _ = compare(reference, Model(sample.geometry, read_of(weights)))
-        klds.append(summarize_scores(scores).kld.mean)
+        compared = compare_model(reference, Model(sample.geometry, read_of(weights)))
+        klds.append(summarize_scores(compared.scores).kld.mean)
     assert klds[0] == pytest.approx(klds[1], rel=0.15)

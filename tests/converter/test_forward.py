@@ -102,7 +102,7 @@ def test_bfloat16_is_near(sample, sample_ids):
     assert (full.argmax(-1) == half.argmax(-1)).float().mean() > 0.9
 
 
-def test_observer_sees_the_input_of_every_quantized_weight(sample, sample_ids):
+def test_observer_sees_the_input_of_every_matrix(sample, sample_ids):
     seen: dict[str, tuple[int, int]] = {}
 
     def observe(names, x, affinity):
@@ -121,7 +121,9 @@ def test_observer_sees_the_input_of_every_quantized_weight(sample, sample_ids):
     assert sum(seen[n][0] for n in routed) == sample_ids.size * g.num_experts_per_tok * 4
     others = [n for n in seen if ".experts." not in n]
     assert {seen[n][0] for n in others} == {sample_ids.size}
-    assert len(others) == 4 * 2 + 2 * 4 + 2 * 3
+    routers = [f"model.layers.{i}.feed_forward.gate.weight" for i in g.moe_layers]
+    assert set(routers) <= set(others)
+    assert len(others) == 4 * 2 + 2 * 4 + 2 * 3 + len(routers)
     assert not any(role.value in n for role in FLOAT_ROLES for n in others)
 
 

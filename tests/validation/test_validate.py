@@ -11,7 +11,8 @@ from lfmq.converter.recipe import load_recipe
 from lfmq.converter.text import load_windows
 from lfmq.formats.registry import FORMATS, detect_format
 from lfmq.quant.errors import ValidationError
-from lfmq.validation.report import Thresholds
+from lfmq.validation.gate import judge
+from lfmq.validation.limits import Thresholds
 from lfmq.validation.validate import validate
 
 # Windows as long as those the sample was trained on.
@@ -55,16 +56,44 @@ def test_every_format_holds_the_same_model(sample, windows, build):
         assert other.overall.kld.mean == pytest.approx(first.overall.kld.mean, rel=1e-3)
         assert other.routing.exact_set == pytest.approx(first.routing.exact_set, abs=1e-3)
     assert report.tokens_scored == 11 * (SEQUENCE // 2 - 1)
+    assert report.conditions.tokens == 11 * SEQUENCE
+    floor = report.noise_floor
+    assert floor.kld_stderr > 0
+    assert floor.domains.keys() == first.domains.keys()
+    assert floor.layers.keys() == {r.layer for r in first.routing.layers}
 
 
 def test_more_bits_are_nearer_and_thresholds_tell(sample, windows, build):
     (int8,), (int4,) = build("int8", "gguf"), build("int4-all", "gguf")
-    report = validate(sample, [int8, int4], windows, thresholds=Thresholds(min_routing=0.95))
+    report = validate(sample, [int8, int4], windows)
     near, far = report.builds
     assert near.overall.kld.mean < far.overall.kld.mean / 5
     assert near.routing.exact_set > far.routing.exact_set
-    assert [(f.path, f.figure) for f in report.failures] == [(str(int4), "routing.exact_set")]
-    assert not report.passed
+    failures = judge(report.to_json(), Thresholds({"min_routing": 0.95}))
+    assert [(f.path, f.figure) for f in failures] == [(str(int4), "routing.exact_set")]
+    assert report.passed
+    assert not dataclasses.replace(report, failures=failures).passed
+
+
+def test_a_wide_margin_keeps_its_experts(sample, windows, build):
+    """Which experts a token goes to turns only where the reference's own choice was close."""
+    (path,) = build("int4", "gguf")
+    (found,) = validate(sample, [path], windows).builds
+    bins = found.routing.margins
+    assert sum(b.pairs for b in bins) == 11 * (SEQUENCE // 2 - 1) * 4
+    assert bins[-1].exact_set > bins[0].exact_set
+    assert bins[-1].exact_set > 0.99
+
+
+def test_layers_and_experts_when_asked(sample, windows, build):
+    (path,) = build("int4", "gguf")
+    short = dataclasses.replace(windows, ids=windows.ids[:2], domains=windows.domains[:2])
+    (found,) = validate(sample, [path], short, by_layer=True).builds
+    assert found.attribution is not None
+    assert [layer.layer for layer in found.attribution.layers] == list(range(6))
+    assert all(0.01 < e.error < 0.2 for e in found.attribution.experts)
+    tokens = [e.tokens for e in found.attribution.experts if e.layer == 2]
+    assert sum(tokens) == 2 * (SEQUENCE // 2 - 1) * 2
 
 
 def test_a_build_of_another_model_is_refused(sample, windows, build):
