@@ -28,15 +28,18 @@ from lfmq.converter.text import Windows
 from lfmq.quant.errors import LfmqError
 from lfmq.validation.options import (
     Common,
+    Reports,
     Text,
     Wanted,
     balance_option,
     common_options,
     plan_options,
+    report_options,
     text_options,
 )
 from lfmq.validation.progress import show_conversion, show_progress
 from lfmq.validation.report import Thresholds
+from lfmq.validation.runtimes import plan_warnings, with_warnings
 from lfmq.validation.tables import (
     builds_table,
     coverage_table,
@@ -331,6 +334,8 @@ def convert(
         device=common.device,
     )
     plan_layouts(opened, widths.plan, wanted.chosen)
+    for line in plan_warnings(widths.plan, wanted.chosen, opened.assets):
+        common.notice(f"warning: {line}")
     calibration = Calibration(windows) if windows else None
     with show_conversion(quiet=common.quiet) as progress:
         builds = convert_checkpoint(
@@ -395,6 +400,7 @@ def verify(builds: tuple[Path, ...], as_json: bool) -> None:
 @click.option("--max-kld", type=float, help="Highest mean KL divergence allowed, nats a token.")
 @click.option("--max-perplexity-ratio", type=float, help="Highest perplexity ratio allowed.")
 @click.option("--min-routing", type=float, help="Lowest routing exact-set agreement allowed.")
+@report_options
 @common_options
 @click.pass_context
 def validate(
@@ -406,6 +412,7 @@ def validate(
     max_kld: float | None,
     max_perplexity_ratio: float | None,
     min_routing: float | None,
+    reports: Reports,
     common: Common,
 ) -> None:
     """Compare builds with their checkpoint: perplexity, KL divergence, routing.
@@ -414,6 +421,7 @@ def validate(
     tokens. Exits with status 3 when a threshold is missed. Without --text the sample's evaluation
     text is used.
     """
+    reports.check()
     opened = common.open(checkpoint)
     torch.set_num_threads(common.threads)
     windows = text.windows(opened, "evaluation.jsonl")
@@ -426,8 +434,13 @@ def validate(
             device=common.device,
             progress=progress,
         )
+    document = with_warnings(report.to_json(), opened.assets)
+    reports.write(document)
+    for build in document["builds"]:
+        for line in build["warnings"]:
+            common.notice(f"warning: {build['path']}: {line}")
     if common.as_json:
-        _print_json(report.to_json())
+        _print_json(document)
     else:
         _print_tables(report_table(report))
         for f in report.failures:
