@@ -12,6 +12,7 @@ from lfmq.validation.numbers import Kind, format_figure
 from lfmq.validation.scales import Scale, Tick, scale_for, share_step
 
 WIDTH = 300
+EMBEDDING = "embedding"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,7 @@ class Interval:
     low: float | None
     high: float | None
     missed: bool
+    limit: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,6 @@ class Forest:
 
     Attributes:
         line: where the noise floor, or no change, is.
-        limit: where a limit that was missed is.
     """
 
     title: str
@@ -42,28 +43,36 @@ class Forest:
     ticks: tuple[Tick, ...]
     line: float | None
     line_label: str
-    limit: float | None
 
 
-# Label, value, low, high and whether a limit was missed.
-Row = tuple[str, float | None, float | None, float | None, bool]
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A figure of a build, its interval, and the limit it missed."""
+
+    label: str
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    missed: bool = False
+    limit: float | None = None
+
+
 _ROW = 34
 
 
 def forest(
     title: str,
-    rows: Sequence[Row],
+    rows: Sequence[Measured],
     kind: Kind,
     *,
     line: float | None,
     line_label: str,
-    limit: float | None = None,
     log: bool = False,
 ) -> Forest | None:
     """Intervals of one figure; None when no row has a value."""
-    numbers = [v for _, *found, _ in rows for v in found] + [line, limit]
-    scale = scale_for(numbers, 8, WIDTH - 8, log)
-    if scale is None or all(value is None for _, value, *_ in rows):
+    numbers = [v for row in rows for v in (row.value, row.low, row.high, row.limit)]
+    scale = scale_for([*numbers, line], 8, WIDTH - 8, log)
+    if scale is None or all(row.value is None for row in rows):
         return None
 
     def place(value: float | None) -> float | None:
@@ -72,18 +81,19 @@ def forest(
 
     intervals = tuple(
         Interval(
-            _shortened(label),
-            format_figure(value, kind),
+            _shortened(row.label),
+            format_figure(row.value, kind),
             14 + i * _ROW,
-            place(value),
-            place(low),
-            place(high),
-            missed,
+            place(row.value),
+            place(row.low),
+            place(row.high),
+            row.missed,
+            place(row.limit),
         )
-        for i, (label, value, low, high, missed) in enumerate(rows)
+        for i, row in enumerate(rows)
     )
     height = 14 + len(rows) * _ROW
-    return Forest(title, height, intervals, scale.ticks(), place(line), line_label, place(limit))
+    return Forest(title, height, intervals, scale.ticks(), place(line), line_label)
 
 
 def _shortened(label: str, most: int = 40) -> str:
@@ -253,29 +263,31 @@ def _percent(y: Scale) -> tuple[Tick, ...]:
     return tuple(Tick(t.place, f"{100 * float(t.label):g} %") for t in y.ticks(4))
 
 
-def layer_bars(layers: Sequence[dict[str, Any]], highest: float) -> Plot | None:
-    """Mean KL divergence with only one layer's weights taken from the build."""
-    if not layers or not highest > 0:
+def layer_bars(parts: Sequence[tuple[str, float | None]], highest: float) -> Plot | None:
+    """Mean KL divergence with only one part's weights taken from the build.
+
+    Args:
+        parts: name (a layer's number) and nats.
+        highest: of all builds: charts side by side share an axis.
+    """
+    if not parts or not highest > 0:
         return None
-    x = Scale(0, len(layers), _LEFT + 8, _RIGHT)
+    x = Scale(0, len(parts), _LEFT + 8, _RIGHT)
     y = Scale(0, highest, 8 + _PLOT, 8)
-    wide = (x.stop - x.start) / len(layers)
+    wide = (x.stop - x.start) / len(parts)
     bars = tuple(
         Bar(
             round(x.place(i) + 0.1 * wide, 1),
-            y.place(layer["kld_mean"] or 0),
+            y.place(kld or 0),
             round(0.8 * wide, 1),
-            round(8 + _PLOT - y.place(layer["kld_mean"] or 0), 1),
-            f"layer {layer['layer']}: {format_figure(layer['kld_mean'], 'nats')} nats",
+            round(8 + _PLOT - y.place(kld or 0), 1),
+            f"{name if name == EMBEDDING else f'layer {name}'}: {format_figure(kld, 'nats')} nats",
         )
-        for i, layer in enumerate(layers)
+        for i, (name, kld) in enumerate(parts)
     )
-    stride = next(s for s in (1, 2, 4, 8, 16) if len(layers) / s <= 14)
-    ticks = tuple(
-        Tick(round(x.place(i + 0.5), 1), str(layer["layer"]))
-        for i, layer in enumerate(layers)
-        if i % stride == 0
-    )
+    stride = next(s for s in (1, 2, 4, 8, 16) if len(parts) / s <= 14)
+    numbered = [i for i, (name, _) in enumerate(parts) if name != EMBEDDING]
+    ticks = tuple(Tick(round(x.place(i + 0.5), 1), parts[i][0]) for i in numbered[::stride])
     return Plot(8 + _PLOT + 34, 8 + _PLOT, bars, ticks, y.ticks(4))
 
 

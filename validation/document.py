@@ -43,7 +43,7 @@ class Build:
         label: short, and unlike any other's.
         name: of its file or folder.
         found: its object in the document.
-        missed: the failures of this build in this engine, by figure.
+        missed: the first failure of each figure of this build in this engine.
     """
 
     label: str
@@ -122,13 +122,16 @@ def _name_of(path: str) -> str:
 
 
 def _missed(at: Located, build: Located) -> dict[str, Located]:
-    """Failures of a build; those that name no engine are of all."""
-    return {
-        str(f.value["figure"]): f
-        for f in at["failures"]
-        if f.value["path"] == build.value["path"]
-        and f.value.get("engine") in (None, build.value["engine"])
-    }
+    """Failures of a build, the first of each figure; those that name no engine are of all."""
+    found: dict[str, Located] = {}
+    for failure in at["failures"]:
+        engine = failure.value.get("engine")
+        if failure.value["path"] == build.value["path"] and engine in (
+            None,
+            build.value["engine"],
+        ):
+            found.setdefault(str(failure.value["figure"]), failure)
+    return found
 
 
 def shown(text: Any) -> str:

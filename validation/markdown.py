@@ -12,7 +12,7 @@ from lfmq.validation.document import (
     open_document,
     shown,
 )
-from lfmq.validation.numbers import FIGURES, UNKNOWN, Kind, format_figure
+from lfmq.validation.numbers import FIGURES, UNKNOWN, Kind, describe_figure, format_figure
 
 _COLUMNS = (
     "build",
@@ -77,7 +77,10 @@ def _floor(at: Located, local: bool) -> tuple[str, ...]:
         format_figure(floor.number("routing_exact_set"), "share"),
     )
     own = (UNKNOWN,) if local else ()
-    return ("noise floor: the reference in 16-bit arithmetic", "", "", "", *numbers, *own)
+    ratio = floor.number("perplexity_ratio")
+    shown_ratio = "" if ratio is None else format_figure(ratio, "ratio")
+    name = "noise floor: the reference in 16-bit arithmetic"
+    return (name, "", "", shown_ratio, *numbers, *own)
 
 
 def _conditions(at: Located) -> str:
@@ -109,11 +112,13 @@ def _verdict(at: Located) -> str:
         return "Passed: no limit was missed." if at["passed"].value else "Missed."
     lines = ["Missed:", ""]
     for failure in failures:
-        name, kind = FIGURES.get(str(failure.value["figure"]), (failure.value["figure"], "number"))
-        found, limit = (format_figure(failure.number(k), kind) for k in ("found", "limit"))
+        name, kind = describe_figure(str(failure.value["figure"]))
+        found, limit = failure.number("found"), failure.number("limit")
         engine = failure.get("engine")
         where = _plain(failure.value["path"]) + (f" in {_plain(engine.value)}" if engine else "")
-        lines.append(f"- {where}: {_plain(name)} is {found}, limit {limit}")
+        is_ = "not measured" if found is None else format_figure(found, kind)
+        held = "" if limit is None else f", limit {format_figure(limit, kind)}"
+        lines.append(f"- {where}: {_plain(name)} is {is_}{held}")
     return "\n".join(lines)
 
 

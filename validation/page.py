@@ -24,7 +24,7 @@ from lfmq.validation.document import (
     open_document,
     shown,
 )
-from lfmq.validation.numbers import FIGURES, UNKNOWN, Kind, format_figure
+from lfmq.validation.numbers import UNKNOWN, Kind, describe_figure, format_figure
 from lfmq.validation.page_charts import draw
 from lfmq.validation.page_tables import Entry, tabulate
 from lfmq.validation.scales import FLOOR_STEPS, SHARE_STEPS
@@ -85,12 +85,9 @@ def _environment() -> Environment:
         "cell": _cell,
         "threshold": _threshold,
         "shown": shown,
+        "described": lambda failure: describe_figure(str(failure.value["figure"]))[0],
     }
-    environment.globals |= {
-        "figures": FIGURES,
-        "share_steps": SHARE_STEPS,
-        "floor_steps": FLOOR_STEPS,
-    }
+    environment.globals |= {"share_steps": SHARE_STEPS, "floor_steps": FLOOR_STEPS}
     return environment
 
 
@@ -117,5 +114,7 @@ def _cell(entry: Entry, kind: Kind) -> Markup:
 
 def _threshold(failure: Located, key: str) -> Markup:
     """The found value or the limit of a failure, written like its figure."""
-    _, kind = FIGURES.get(str(failure.value["figure"]), ("", "number"))
+    if failure.get(key) is None:
+        return Markup("not measured")
+    _, kind = describe_figure(str(failure.value["figure"]))
     return _figure(failure[key], kind)

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lfmq.validation.charts import (
+    EMBEDDING,
     Forest,
     HeatMap,
+    Measured,
     Plot,
-    Row,
     forest,
     heat_map,
     histogram,
@@ -57,14 +58,12 @@ def _forests(at: Located, builds: Sequence[Build]) -> tuple[Forest, ...]:
     found = []
     for title, figure, interval, floor in _COMPARED:
         _, kind = FIGURES[figure]
-        limits = [b.missed[figure].number("limit") for b in builds if figure in b.missed]
         chart = forest(
             title,
             [_row(b, figure, interval) for b in builds],
             kind,
             line=1.0 if floor is None else at.number("noise_floor", floor),
             line_label="no change" if floor is None else "noise floor",
-            limit=limits[0] if limits else None,
             log=figure == "kld.mean",
         )
         if chart is not None:
@@ -72,10 +71,12 @@ def _forests(at: Located, builds: Sequence[Build]) -> tuple[Forest, ...]:
     return tuple(found)
 
 
-def _row(build: Build, figure: str, interval: tuple[str, ...]) -> Row:
+def _row(build: Build, figure: str, interval: tuple[str, ...]) -> Measured:
     ends = build.found.get(*interval)
     low, high = ends.value if ends is not None else (None, None)
-    return (build.label, build.found.number(*figure.split(".")), low, high, figure in build.missed)
+    value, failure = build.found.number(*figure.split(".")), build.missed.get(figure)
+    limit = None if failure is None else failure.number("limit")
+    return Measured(build.label, value, low, high, failure is not None, limit)
 
 
 def _histograms(at: Located, builds: Sequence[Build]) -> tuple[tuple[Build, Plot], ...]:
@@ -100,9 +101,17 @@ def _histograms(at: Located, builds: Sequence[Build]) -> tuple[tuple[Build, Plot
 
 
 def _layers(builds: Sequence[Build]) -> tuple[tuple[Build, Plot], ...]:
-    shown = [(b, k.value) for b in builds if (k := b.found.get("layers_kld"))]
-    highest = max((v["kld_mean"] or 0 for _, k in shown for v in k), default=0)
-    return tuple((b, p) for b, k in shown if (p := layer_bars(k, highest)) is not None)
+    shown = [(b, _parts(b)) for b in builds if b.found.get("layers_kld")]
+    highest = max((kld or 0 for _, parts in shown for _, kld in parts), default=0)
+    return tuple((b, p) for b, parts in shown if (p := layer_bars(parts, highest)) is not None)
+
+
+def _parts(build: Build) -> list[tuple[str, float | None]]:
+    """The embedding, where it is known, and the layers."""
+    embedding = build.found.number("embedding_kld")
+    layers = build.found.value["layers_kld"]
+    parts = [(str(layer["layer"]), layer["kld_mean"]) for layer in layers]
+    return parts if embedding is None else [(EMBEDDING, embedding), *parts]
 
 
 def _experts(builds: Sequence[Build]) -> tuple[tuple[Build, Plot], ...]:

@@ -43,6 +43,7 @@ class Table:
 class Tables:
     """The tables of a page by section."""
 
+    quantiles: tuple[Table, ...]
     layers: tuple[Table, ...]
     margins: tuple[Table, ...]
     domains: tuple[Table, ...]
@@ -72,7 +73,8 @@ class Wanted:
 def tabulate(at: Located, builds: Sequence[Build]) -> Tables:
     """All tables that the document has figures for."""
     return Tables(
-        layers=_layers(builds),
+        quantiles=_quantiles(builds),
+        layers=_layers(at, builds),
         margins=_margins(builds),
         domains=_domains(at, builds),
         positions=_positions(at, builds),
@@ -128,10 +130,27 @@ def _tables(*found: Table | None) -> tuple[Table, ...]:
     return tuple(table for table in found if table is not None)
 
 
-def _layers(builds: Sequence[Build]) -> tuple[Table, ...]:
+def _quantiles(builds: Sequence[Build]) -> tuple[Table, ...]:
+    keys = ("mean", "stderr", "median", "p99", "max")
+    rows = tuple(
+        (b.label, tuple(Entry(b.found.get("kld", k), None) for k in keys)) for b in builds
+    )
+    columns = ("mean", "standard error", "median", "99th percentile", "largest")
+    return (Table("KL divergence of a position, nats", "build", columns, rows, "nats"),)
+
+
+def _layers(at: Located, builds: Sequence[Build]) -> tuple[Table, ...]:
     series = [_listed(b, ("routing", "layers"), ("layer",)) for b in builds]
+    found = at.get("noise_floor", "layers")
+    floor: dict[Place, Located] = {(x.value["layer"],): x for x in found or ()}
+    series.insert(0, Series("noise floor", floor))
+    scale = "floor" if floor else "share"
+
+    def floor_of(place: Place) -> float | None:
+        return floor[place].number("exact_set") if place in floor else None
+
     wanted = (
-        Wanted("exact_set", "Same experts, by layer", where="layer"),
+        Wanted("exact_set", "Same experts, by layer", "share", scale, where="layer"),
         Wanted(
             "local_exact_set",
             "Same experts given what the reference reads (local), by layer",
@@ -139,7 +158,7 @@ def _layers(builds: Sequence[Build]) -> tuple[Table, ...]:
         ),
         Wanted("load_shift", "Shift of the expert load, by layer", "nats", "", where="layer"),
     )
-    return _tables(*(_table(series, w, lambda place: str(place[0])) for w in wanted))
+    return _tables(*(_table(series, w, lambda place: str(place[0]), floor_of) for w in wanted))
 
 
 def _margins(builds: Sequence[Build]) -> tuple[Table, ...]:
@@ -181,6 +200,7 @@ def _domains(at: Located, builds: Sequence[Build]) -> tuple[Table, ...]:
     wanted = (
         Wanted("kld_mean", "Mean KLD, nats, by domain", "nats", "floor", where="domain"),
         Wanted("top1_agreement", "Same top token, by domain", "share", "floor", where="domain"),
+        Wanted("routing_exact_set", "Same experts, by domain", "share", "floor", where="domain"),
         Wanted("perplexity_ratio", "Perplexity ratio, by domain", "ratio", "", where="domain"),
     )
 

@@ -7,8 +7,16 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from lfmq.validation.charts import WIDTH, forest, heat_map, histogram, layer_bars, scatter
-from lfmq.validation.numbers import UNKNOWN, format_figure
+from lfmq.validation.charts import (
+    WIDTH,
+    Measured,
+    forest,
+    heat_map,
+    histogram,
+    layer_bars,
+    scatter,
+)
+from lfmq.validation.numbers import UNKNOWN, describe_figure, format_figure
 from lfmq.validation.scales import Scale, floor_step, scale_for, share_step
 
 finite = st.floats(1e-9, 1e9)
@@ -54,7 +62,7 @@ def test_steps():
 
 
 def test_a_forest_leaves_out_what_is_no_number():
-    rows = [("a", 0.01, 0.009, 0.011, False), ("b", None, None, None, True)]
+    rows = [Measured("a", 0.01, 0.009, 0.011), Measured("b", None, missed=True, limit=0.02)]
     chart = forest("t", rows, "nats", line=0.001, line_label="l", log=True)
     assert chart is not None
     a, b = chart.rows
@@ -62,13 +70,17 @@ def test_a_forest_leaves_out_what_is_no_number():
     assert a.low is not None
     assert a.low < a.x
     assert (b.x, b.text, b.missed) == (None, UNKNOWN, True)
+    assert a.limit is None
+    assert b.limit is not None
+    assert a.high is not None
+    assert b.limit > a.high
     assert chart.line is not None
     assert chart.line < a.low
     assert forest("t", rows[1:], "nats", line=0.001, line_label="l") is None
 
 
 def test_a_divergence_of_zero_is_not_drawn_on_a_log_axis():
-    chart = forest("t", [("a", 0.0, 0.0, 0.0, False)], "nats", line=0.1, line_label="l", log=True)
+    chart = forest("t", [Measured("a", 0.0)], "nats", line=0.1, line_label="l", log=True)
     assert chart is not None
     assert chart.rows[0].x is None
     assert chart.rows[0].text == "0.00000"
@@ -116,11 +128,12 @@ def test_a_histogram_counts_every_position():
 
 
 def test_layers_and_experts_share_the_highest_value():
-    chart = layer_bars([{"layer": 0, "kld_mean": 0.1}, {"layer": 1, "kld_mean": None}], 0.2)
+    chart = layer_bars([("embedding", 0.1), ("0", None), ("1", 0.2)], 0.2)
     assert chart is not None
-    assert chart.bars[0].height == 55
-    assert chart.bars[1].height == 0
-    assert layer_bars([{"layer": 0, "kld_mean": 0.0}], 0.0) is None
+    assert [b.height for b in chart.bars] == [55, 0, 110]
+    assert [b.title.partition(":")[0] for b in chart.bars] == ["embedding", "layer 0", "layer 1"]
+    assert [t.label for t in chart.x_ticks] == ["0", "1"]
+    assert layer_bars([("0", 0.0)], 0.0) is None
     experts: list[dict[str, Any]] = [
         {"layer": 2, "expert": 0, "tokens": 0, "error": 0.1},
         {"layer": 2, "expert": 1, "tokens": 1000, "error": None},
@@ -148,3 +161,20 @@ def test_layers_and_experts_share_the_highest_value():
 )
 def test_figures_as_text(value, kind, text):
     assert format_figure(value, kind) == text
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "kind"),
+    [
+        ("kld.mean", "mean KLD", "nats"),
+        ("kld.p99", "99th percentile of the KLD", "nats"),
+        ("domains.en.kld_mean", "mean KLD in en", "nats"),
+        ("domains.v1.2.top1_agreement", "same top token in v1.2", "share"),
+        ("generation.greedy.tools.right_arguments", "right arguments, greedy", "share"),
+        ("generation.sampled.length_ratio", "length ratio, sampled", "ratio"),
+        ("something.new", "something.new", "number"),
+        ("domains.en.other", "other in en", "number"),
+    ],
+)
+def test_names_of_figures(place, name, kind):
+    assert describe_figure(place) == (name, kind)
