@@ -64,7 +64,7 @@ class Build:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What is known to be wrong."""
-        return tuple(map(str, self.found.value.get("warnings", ())))
+        return tuple(map(str, self.found.value.get("warnings") or ()))
 
     @property
     def generation(self) -> Located | None:

@@ -25,7 +25,7 @@ _COLUMNS = (
 )
 _LOCAL = "same experts, local"
 # What Markdown or HTML would take for its own.
-_SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#+!|~&])")
+_SPECIAL = re.compile(r"([\\`*_\[\]<>#|~&])")
 
 
 def render_markdown(document: Mapping[str, Any]) -> str:

@@ -88,7 +88,15 @@ def _histograms(at: Located, builds: Sequence[Build]) -> tuple[tuple[Build, Plot
     if not shown:
         return ()
     highest = max(max(h["counts"]) / max(sum(h["counts"]), 1) for _, h in shown)
-    span = (min(h["edges"][0] for _, h in shown), max(h["edges"][-1] for _, h in shown))
+    filled = [
+        (low, high)
+        for _, h in shown
+        for low, high, count in zip(h["edges"], h["edges"][1:], h["counts"], strict=False)
+        if count
+    ]
+    if not filled:
+        return ()
+    span = (min(low for low, _ in filled), max(high for _, high in filled))
     floor = at.number("noise_floor", "kld_mean")
     found = []
     for build, h in shown:

@@ -116,7 +116,7 @@ def with_warnings(document: dict[str, Any], assets: Assets) -> dict[str, Any]:
         path = build["path"]
         if path not in known:
             known[path] = build_warnings(Path(path), build["format"], assets)
-        found = dict.fromkeys([*build.get("warnings", ()), *known[path]])
+        found = dict.fromkeys([*(build.get("warnings") or ()), *known[path]])
         builds.append(build | {"warnings": list(found)})
     return document | {"builds": builds}
 

@@ -122,6 +122,35 @@ def test_only_what_the_contract_has(document):
     ]
 
 
+# Keys that may be absent, or null, one at a time.
+OPTIONAL = re.findall(
+    r"\S+",
+    """
+/conditions /noise_floor/kld_stderr /noise_floor/perplexity_ratio /noise_floor/layers
+/noise_floor/domains /noise_floor/domains/en /noise_floor/domains/en/kld_mean
+/builds/0/perplexity_ratio_ci95 /builds/0/kld/ci95 /builds/0/kld/histogram /builds/0/top1_ci95
+/builds/0/routing/ci95 /builds/0/routing/layers/0/experts /builds/0/routing/layers/0/load
+/builds/0/routing/layers/1/reference_load /builds/0/routing/margins /builds/0/domains/en
+/builds/0/positions /builds/0/layers_kld /builds/0/embedding_kld /builds/0/experts
+/builds/0/generation /builds/0/generation/greedy /builds/0/generation/greedy/answers
+/builds/0/generation/greedy/tools /builds/0/generation/greedy/reference
+/builds/0/generation/greedy/capped /builds/0/generation/greedy/longest_repeat
+/builds/0/generation/sampled/sampling /builds/0/warnings /builds/1/routing/local_exact_set
+/builds/1/routing/layers/0/local_exact_set
+""",
+)
+
+
+@pytest.mark.parametrize("pointer", OPTIONAL)
+def test_any_optional_key_may_be_absent_or_null(make_document, pointer):
+    parent, _, key = pointer.rpartition("/")
+    document = make_document(layers=2, experts=4, formats=("gguf",))
+    resolve(document, parent)[key] = None
+    check_numbers(render_page(document), document)
+    del resolve(document, parent)[key]
+    check_numbers(render_page(document), document)
+
+
 def bare(document: dict) -> dict:
     keys = ["path", "format", "engine", "engine_version", "bytes", "bits_per_weight"]
     keys += ["perplexity", "perplexity_ratio", "top1_agreement", "domains"]
