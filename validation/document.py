@@ -63,8 +63,12 @@ class Build:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What is known to be wrong."""
-        return tuple(map(str, self.found.value.get("warnings") or ()))
+        """What is known to be wrong, and what it says otherwise than the checkpoint."""
+        facts = (
+            f"{fact['name']} is {fact['found']}, the checkpoint's {fact['expected']}"
+            for fact in self.found.value.get("facts") or ()
+        )
+        return (*map(str, self.found.value.get("warnings") or ()), *facts)
 
     @property
     def generation(self) -> Located | None:

@@ -112,12 +112,15 @@ def _verdict(at: Located) -> str:
         return "Passed: no limit was missed." if at["passed"].value else "Missed."
     lines = ["Missed:", ""]
     for failure in failures:
-        name, kind = describe_figure(str(failure.value["figure"]))
+        figure = str(failure.value["figure"])
+        name, kind = describe_figure(figure)
         found, limit = failure.number("found"), failure.number("limit")
         engine = failure.get("engine")
         where = _plain(failure.value["path"]) + (f" in {_plain(engine.value)}" if engine else "")
         is_ = "not measured" if found is None else format_figure(found, kind)
         held = "" if limit is None else f", limit {format_figure(limit, kind)}"
+        if figure.startswith("facts."):
+            is_, held = "not the checkpoint's", ""
         lines.append(f"- {where}: {_plain(name)} is {is_}{held}")
     return "\n".join(lines)
 

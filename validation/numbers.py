@@ -43,9 +43,11 @@ def describe_figure(place: str) -> tuple[str, Kind]:
 
     Args:
         place: in a build's object: ``kld.mean``, ``domains.en.kld_mean``,
-            ``generation.greedy.capped``.
+            ``generation.greedy.capped``, ``facts.bos_token_id``.
     """
     first, _, rest = place.partition(".")
+    if first == "facts":
+        return rest, "number"
     if first == "domains":
         domain, _, key = rest.rpartition(".")
         name, kind = _OF_DOMAINS.get(key) or FIGURES.get(key, (key, "number"))

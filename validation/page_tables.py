@@ -82,11 +82,10 @@ def tabulate(at: Located, builds: Sequence[Build]) -> Tables:
     )
 
 
-def _listed(build: Build, keys: tuple[str, ...], place: tuple[str, ...]) -> Series:
-    """The objects of a list of the build, by the keys that say where each belongs."""
-    found = build.found.get(*keys)
-    objects = [] if found is None else list(found)
-    return Series(build.label, {tuple(x.value[key] for key in place): x for x in objects})
+def _series(label: str, listed: Located | None, place: tuple[str, ...]) -> Series:
+    """The objects of a list, by the keys that say where each belongs."""
+    objects = [] if listed is None else list(listed)
+    return Series(label, {tuple(x.value[key] for key in place): x for x in objects})
 
 
 def _table(
@@ -140,15 +139,10 @@ def _quantiles(builds: Sequence[Build]) -> tuple[Table, ...]:
 
 
 def _layers(at: Located, builds: Sequence[Build]) -> tuple[Table, ...]:
-    series = [_listed(b, ("routing", "layers"), ("layer",)) for b in builds]
-    found = at.get("noise_floor", "layers")
-    floor: dict[Place, Located] = {(x.value["layer"],): x for x in found or ()}
-    series.insert(0, Series("noise floor", floor))
-    scale = "floor" if floor else "share"
-
-    def floor_of(place: Place) -> float | None:
-        return floor[place].number("exact_set") if place in floor else None
-
+    floor = _series("noise floor", at.get("noise_floor", "layers"), ("layer",))
+    layers = (_series(b.label, b.found.get("routing", "layers"), ("layer",)) for b in builds)
+    series = [floor, *layers]
+    scale = "floor" if floor.places else "share"
     wanted = (
         Wanted("exact_set", "Same experts, by layer", "share", scale, where="layer"),
         Wanted(
@@ -158,11 +152,13 @@ def _layers(at: Located, builds: Sequence[Build]) -> tuple[Table, ...]:
         ),
         Wanted("load_shift", "Shift of the expert load, by layer", "nats", "", where="layer"),
     )
-    return _tables(*(_table(series, w, lambda place: str(place[0]), floor_of) for w in wanted))
+    return _tables(
+        *(_table(series, w, lambda p: str(p[0]), _floor_of(at, floor, w.key)) for w in wanted)
+    )
 
 
 def _margins(builds: Sequence[Build]) -> tuple[Table, ...]:
-    series = [_listed(b, ("routing", "margins"), ("low", "high")) for b in builds]
+    series = [_series(b.label, b.found.get("routing", "margins"), ("low", "high")) for b in builds]
     caption = "Same experts, by the gap between the last chosen and the first rejected expert"
     pairs = [Series("(token, layer) pairs", series[0].places)] if series else []
     return _tables(
@@ -185,39 +181,28 @@ def _power(value: object) -> str:
 
 
 def _domains(at: Located, builds: Sequence[Build]) -> tuple[Table, ...]:
-    series = [
-        Series(b.label, {(name,): found[name] for name in found.value})
-        for b in builds
-        if (found := b.found.get("domains")) is not None
-    ]
-    floors = at.get("noise_floor", "domains")
-    if floors is not None:
-        names = {place for s in series for place in s.places}
-        own: dict[Place, Located] = {
-            (name,): floors[name] for name in floors.value if (name,) in names
-        }
-        series.insert(0, Series("noise floor", own))
+    floor = _by_name("noise floor", at.get("noise_floor", "domains"))
+    series = [floor, *(_by_name(b.label, b.found.get("domains")) for b in builds)]
     wanted = (
         Wanted("kld_mean", "Mean KLD, nats, by domain", "nats", "floor", where="domain"),
         Wanted("top1_agreement", "Same top token, by domain", "share", "floor", where="domain"),
         Wanted("routing_exact_set", "Same experts, by domain", "share", "floor", where="domain"),
         Wanted("perplexity_ratio", "Perplexity ratio, by domain", "ratio", "", where="domain"),
     )
+    return _tables(
+        *(_table(series, w, lambda p: str(p[0]), _floor_of(at, floor, w.key)) for w in wanted)
+    )
 
-    def floor_of(key: str) -> Callable[[Place], float | None]:
-        overall = at.number("noise_floor", key)
 
-        def floor(place: Place) -> float | None:
-            own = at.number("noise_floor", "domains", str(place[0]), key)
-            return overall if own is None else own
-
-        return floor
-
-    return _tables(*(_table(series, w, lambda p: str(p[0]), floor_of(w.key)) for w in wanted))
+def _by_name(label: str, named: Located | None) -> Series:
+    """The values of an object, by their keys."""
+    return Series(label, {} if named is None else {(name,): named[name] for name in named.value})
 
 
 def _positions(at: Located, builds: Sequence[Build]) -> tuple[Table, ...]:
-    series = [_listed(b, ("positions",), ("from", "to")) for b in builds]
+    place = ("from", "to")
+    floor = _series("noise floor", at.get("noise_floor", "positions"), place)
+    series = [floor, *(_series(b.label, b.found.get("positions"), place) for b in builds)]
     wanted = (
         Wanted(
             "kld_mean",
@@ -241,11 +226,18 @@ def _positions(at: Located, builds: Sequence[Build]) -> tuple[Table, ...]:
             where="position",
         ),
     )
+    return _tables(*(_table(series, w, _stretch, _floor_of(at, floor, w.key)) for w in wanted))
 
-    def floor_of(key: str) -> Callable[[Place], float | None]:
-        return lambda _: at.number("noise_floor", key)
 
-    return _tables(*(_table(series, w, _stretch, floor_of(w.key)) for w in wanted))
+def _floor_of(at: Located, floor: Series, key: str) -> Callable[[Place], float | None]:
+    """The noise floor at a place, or over all where it is not known there."""
+    overall = at.number("noise_floor", key)
+
+    def found(place: Place) -> float | None:
+        own = floor.places[place].number(key) if place in floor.places else None
+        return overall if own is None else own
+
+    return found
 
 
 def _stretch(place: Place) -> str:

@@ -180,6 +180,9 @@ def _failures(builds: list[Document]) -> list[Document]:
         {"path": first["path"], "engine": "read", "figure": "routing.local_exact_set"}
         | {"found": None, "limit": 0.999}
         | {"why": "min_local_routing = 0.999; only --engine native measures it"},
+        at
+        | {"figure": "facts.bos_token_id", "found": 5, "limit": 1}
+        | {"why": "the build says 5, the checkpoint 1"},
         {"path": first["path"], "engine": "read", "figure": "generation"}
         | {"found": None, "limit": None}
         | {"why": "[generation] has limits, and no generation check ran on this build"},
@@ -206,6 +209,7 @@ def make_document() -> Callable[..., Document]:
             bad[0]["warnings"] = ["onnxruntime 1.32.0 rounds activations of 8-bit experts"]
             bad[0]["kld"]["mean"] = 0.00912
             bad[0]["kld"]["ci95"] = [0.0083, 0.0101]
+            bad[0]["facts"] = [{"name": "bos_token_id", "found": 5, "expected": 1}]
         sha = hashlib.sha256(b"text").hexdigest()
         return {
             "checkpoint": "lfm2moe-tiny",
@@ -225,6 +229,11 @@ def make_document() -> Callable[..., Document]:
                 "kld_mean": 0.0012,
                 "kld_stderr": 0.00008,
                 "perplexity_ratio": 1.00012,
+                "positions": [
+                    {"from": start, "to": start + 32, "kld_mean": 0.0011}
+                    | {"top1_agreement": 0.981, "routing_exact_set": 0.9875}
+                    for start in range(128, 255, 32)
+                ],
                 "layers": [
                     {"layer": 2 + i, "exact_set": 0.993 - 0.002 * i} for i in range(layers)
                 ],

@@ -172,6 +172,7 @@ def test_figures_as_text(value, kind, text):
         ("domains.v1.2.top1_agreement", "same top token in v1.2", "share"),
         ("generation.greedy.tools.right_arguments", "right arguments, greedy", "share"),
         ("generation.sampled.length_ratio", "length ratio, sampled", "ratio"),
+        ("facts.bos_token_id", "bos_token_id", "number"),
         ("something.new", "something.new", "number"),
         ("domains.en.other", "other in en", "number"),
     ],

@@ -34,6 +34,7 @@ def test_what_missed_is_marked_and_listed(document):
     text = render_markdown(document)
     assert "**0.00912** (missed)" in text
     assert "- builds/lfm2moe-tiny-int4-onnx in onnxruntime: mean KLD is 0.00912" in text
+    assert "bos\\_token\\_id is not the checkpoint's\n" in text
     assert "same experts, local is not measured, limit 0.9990" in text
     assert "generation is not measured\n" in text
     passed = render_markdown(document | {"passed": True, "failures": []})

@@ -51,6 +51,9 @@ class Parsed(HTMLParser):
     def all(self, tag: str) -> list[tuple[dict[str, str | None], str]]:
         return [(a, "".join(t)) for found, a, t in self.elements if found == tag]
 
+    def text(self) -> str:
+        return "".join(self.elements[0][2])
+
     def embedded(self) -> Any:
         (script,) = self.all("script")
         assert script[0] == {"type": "application/json", "id": "document"}
@@ -95,7 +98,8 @@ def numbers(value: Any, pointer: str = "") -> set[str]:
 # Drawn, or the name of a row or column, rather than written as a number.
 DRAWN = re.compile(
     r"/histogram/|/layers_kld/|/experts/\d+/(layer|expert|tokens|error)$|/(reference_)?load/|"
-    r"/layers/\d+/(layer|jaccard)$|/(low|high|from|to)$|/domains/\w+/kld_stderr$|/reference/longest_repeat/mean$|"
+    r"/layers/\d+/(layer|jaccard)$|/(low|high|from|to)$|/domains/\w+/kld_stderr$|"
+    r"/facts/|/failures/3/(found|limit)$|/reference/longest_repeat/mean$|"
     r"/routing/jaccard$|/embedding_kld$|/margins/\d+/pairs$"
 )
 
@@ -282,10 +286,12 @@ def test_the_verdict_comes_first_and_names_what_missed(document):
         if a.get("class") == "verdict failed"
     )
     assert text.index("verdict failed") < text.index("<nav")
-    assert start.startswith(" ✕ Missed 4 limits were missed:")
+    assert start.startswith(" ✕ Missed 5 limits were missed:")
     assert "builds/lfm2moe-tiny-int4-onnx in onnxruntime: mean KLD is 0.00912" in start
     assert "mean KLD in ja is 0.00" in start
     assert "max_kld = 0.005" in start
+    assert re.search("bos_token_id is not the checkpoint.s the build says 5", start)
+    assert "lfm2moe-tiny-int4-onnx: bos_token_id is 5, the checkpoint's 1" in Parsed(text).text()
     assert "same experts, local is not measured, limit 0.9990" in start
     assert "generation is not measured [generation] has limits" in start
     missed = [inside for a, inside in Parsed(text).all("td") if a.get("class") == "missed"]
