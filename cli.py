@@ -33,6 +33,7 @@ from lfmq.validation.options import (
     Asked,
     Common,
     Gate,
+    Reports,
     Text,
     Wanted,
     balance_option,
@@ -40,11 +41,13 @@ from lfmq.validation.options import (
     engine_choice,
     gate_options,
     plan_options,
+    report_options,
     task_options,
     text_options,
 )
 from lfmq.validation.paired import compare as compare_builds
 from lfmq.validation.progress import show_conversion, show_progress
+from lfmq.validation.runtimes import plan_warnings, with_warnings
 from lfmq.validation.tables import (
     builds_table,
     coverage_table,
@@ -340,6 +343,8 @@ def convert(
         device=common.device,
     )
     plan_layouts(opened, widths.plan, wanted.chosen)
+    for line in plan_warnings(widths.plan, wanted.chosen, opened.assets):
+        common.notice(f"warning: {line}")
     calibration = Calibration(windows) if windows else None
     with show_conversion(quiet=common.quiet) as progress:
         builds = convert_checkpoint(
@@ -407,6 +412,7 @@ def verify(builds: tuple[Path, ...], as_json: bool) -> None:
 @task_options
 @click.option("--by-layer", is_flag=True, help="Also the divergence of each layer and expert.")
 @gate_options
+@report_options
 @common_options
 @click.pass_context
 def validate(
@@ -418,6 +424,7 @@ def validate(
     by_layer: bool,
     asked: Asked,
     gate: Gate,
+    reports: Reports,
     common: Common,
 ) -> None:
     """Compare builds with their checkpoint: perplexity, KL divergence, routing, answers to tasks.
@@ -425,6 +432,7 @@ def validate(
     Every build is opened again and run on the same tokens as the checkpoint. Exits with status 3
     when a limit is missed. Without --text the sample's evaluation text is used.
     """
+    reports.check()
     opened = common.open(checkpoint)
     torch.set_num_threads(common.threads)
     windows = text.windows(opened, "evaluation.jsonl")
@@ -443,8 +451,13 @@ def validate(
         )
     report = with_generation(report, generation)
     report = replace(report, failures=judge(report.to_json(), thresholds))
+    document = with_warnings(report.to_json(), opened.assets)
+    reports.write(document)
+    for build in document["builds"]:
+        for line in build["warnings"]:
+            common.notice(f"warning: {build['path']}: {line}")
     if common.as_json:
-        _print_json(report.to_json())
+        _print_json(document)
     else:
         _print_tables(report_table(report))
         for line in generation_lines((b.path, b.generation) for b in report.builds):

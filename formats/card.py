@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from jinja2 import Environment, StrictUndefined
 
 from lfmq.formats.build import Assets, FileLayout
+from lfmq.formats.versions import PROVEN, checkpoint_concerns, known_bad, plan_concerns
 from lfmq.quant.types import Entry, Plan
 
 _TEMPLATE = """\
@@ -39,11 +40,18 @@ scales and offsets as they lie in the file.
 
 ## Run it
 
-Needs {{ runtime.needs }}; tested with {{ runtime.tested | join(" and ") }}.
+Needs {{ runtime.needs }}; proven with {{ proven | join(" and ") }}.
 
 ```
 {{ runtime.how_to_run }}```
+{% if bad %}
+Known to be wrong for this build:
 
+{% for row in bad -%}
+- {{ row.what }} {{ row.bad }}: {{ row.wrong }}; {{ row.remedy }}
+  ([source]({{ row.source }})).
+{% endfor -%}
+{% endif %}
 ## Check it
 
 `lfmq verify FOLDER` compares every file with the manifest beside the build; `lfmq validate
@@ -65,13 +73,11 @@ class Runtime:
     Attributes:
         library: the Hub's ``library_name``.
         needs: the program and the versions it takes.
-        tested: programs and versions that the tests run.
         how_to_run: shell lines, each ended by a newline.
     """
 
     library: str
     needs: str
-    tested: tuple[str, ...]
     how_to_run: str
 
 
@@ -79,6 +85,7 @@ def model_card(
     plan: Plan,
     assets: Assets,
     files: Iterable[FileLayout],
+    format: str,
     runtime: Runtime,
     stored_as: Callable[[Entry], str],
 ) -> bytes:
@@ -88,6 +95,7 @@ def model_card(
         plan: what is stored.
         assets: the checkpoint's name, config and card.
         files: the build's files with weights, for their size.
+        format: the container, whose proven and known-bad versions the card names.
         runtime: what runs the build.
         stored_as: how the container stores an entry, in words.
     """
@@ -98,6 +106,8 @@ def model_card(
         recipe=plan.recipe,
         rows=_rows(plan, files, stored_as),
         runtime=runtime,
+        proven=PROVEN[format],
+        bad=known_bad(format, plan_concerns(plan) | checkpoint_concerns(assets)),
     )
     return text.encode()
 

@@ -50,7 +50,6 @@ _DROPPED = ("quantization", "quantization_config", "quantize_activations", "comp
 _RUNTIME = Runtime(
     library="transformers",
     needs="vLLM 0.33, SGLang 0.5.23, or transformers with compressed-tensors 0.20",
-    tested=("transformers 5.23.0", "compressed-tensors 0.20.0"),
     how_to_run="""\
 vllm serve FOLDER --dtype float16
 python -m sglang.launch_server --model-path FOLDER --dtype float16
@@ -60,8 +59,7 @@ _ENGINES = """
 ## What engines load
 
 Scales are float16; an engine that runs in bfloat16 rounds them to it. The embedding, which is
-also the head, is plain in this format. vLLM before mid-2026 cannot load quantized convolution
-projections.
+also the head, is plain in this format.
 
 """
 _EVERY_ENGINE = "No weight of this build is stored in a way that an engine refuses.\n"
@@ -122,7 +120,7 @@ def sharded_layout(plan: Plan, assets: Assets, **options: int) -> BuildLayout:
     config = {k: v for k, v in assets.config.items() if k not in _DROPPED}
     config |= {"quantization_config": quantization_config(plan)}
     files.append(text_file("config.json", as_json(config)))
-    card = model_card(plan, assets, files, _RUNTIME, _stored_as) + _engines(plan)
+    card = model_card(plan, assets, files, NAME, _RUNTIME, _stored_as) + _engines(plan)
     files.append(text_file("README.md", card))
     taken = {file.path for file in files}
     files += [text_file(n, c) for n, c in sorted(assets.files.items()) if n not in taken]

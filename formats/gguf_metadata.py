@@ -17,6 +17,7 @@ from gguf import (
 )
 
 from lfmq.formats.build import Assets
+from lfmq.formats.versions import PROVEN
 from lfmq.quant.errors import UnsupportedError
 from lfmq.quant.types import Geometry, Plan
 
@@ -74,6 +75,7 @@ def _add_general(
     writer.add_file_type(int(_FILE_TYPES[main_type]))
     writer.add_quantization_version(2)
     writer.add_string("lfmq.recipe", plan.recipe)
+    writer.add_array("lfmq.proven_with", PROVEN["gguf"])
 
 
 def _size_label(plan: Plan) -> str:

@@ -48,7 +48,6 @@ _DROPPED = ("quantization", "quantization_config", "quantize_activations", "mode
 _RUNTIME = Runtime(
     library="mlx",
     needs="mlx-lm 0.32.0 or later",
-    tested=("mlx 0.32.4", "mlx-lm 0.32.2"),
     how_to_run="""\
 pip install mlx-lm
 mlx_lm.generate --model FOLDER --prompt "..."
@@ -129,7 +128,9 @@ def sharded_layout(plan: Plan, assets: Assets, **options: int) -> BuildLayout:
         shard_files(tensors, metadata={"format": "mlx"}, total_parameters=weights, **options)
     )
     files.append(text_file("config.json", as_json(_config(plan, assets))))
-    files.append(text_file("README.md", model_card(plan, assets, files, _RUNTIME, _stored_as)))
+    files.append(
+        text_file("README.md", model_card(plan, assets, files, NAME, _RUNTIME, _stored_as))
+    )
     taken = {file.path for file in files}
     files += [text_file(n, c) for n, c in sorted(assets.files.items()) if n not in taken]
     return BuildLayout(NAME, tuple(files))

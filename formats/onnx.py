@@ -40,7 +40,6 @@ _SMALL = 64
 _RUNTIME = Runtime(
     library="onnx",
     needs="onnxruntime 1.31 or later, onnxruntime-genai 0.18 or later",
-    tested=("onnxruntime 1.32.0", "onnxruntime-genai 0.18.0"),
     how_to_run="""\
 pip install onnxruntime-genai
 python -c "
@@ -137,7 +136,9 @@ def layout(plan: Plan, assets: Assets) -> BuildLayout:
         text_file("genai_config.json", as_json(_genai_config(plan, assets))),
         text_file("config.json", as_json(_config(assets))),
     ]
-    files.append(text_file("README.md", model_card(plan, assets, files, _RUNTIME, _stored_as)))
+    files.append(
+        text_file("README.md", model_card(plan, assets, files, NAME, _RUNTIME, _stored_as))
+    )
     taken = {file.path for file in files}
     files += [text_file(n, c) for n, c in sorted(assets.files.items()) if n not in taken]
     return BuildLayout(NAME, tuple(files))

@@ -26,6 +26,7 @@ NEUTRAL_FORMAT_MODULES = {
     "registry",
     "safetensors_file",
     "safetensors_layout",
+    "versions",
     "writer",
 }
 

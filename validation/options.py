@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import reduce, wraps
 from pathlib import Path
@@ -22,6 +22,9 @@ from lfmq.formats.registry import FORMATS
 from lfmq.quant.errors import ValidationError
 from lfmq.validation.generation import Checks, prepare_checks
 from lfmq.validation.limits import Thresholds, load_thresholds
+from lfmq.validation.markdown import render_markdown
+from lfmq.validation.page import render_page
+from lfmq.validation.reports import check_writable, write_report
 
 Command = Callable[..., Any]
 
@@ -78,6 +81,25 @@ class Text:
         return load_windows(
             paths, opened.assets, opened.geometry, tokens=self.tokens, sequence=self.sequence
         )
+
+
+@dataclass(frozen=True)
+class Reports:
+    """Files that a validation is also written to."""
+
+    html: Path | None
+    markdown: Path | None
+
+    def check(self) -> None:
+        """Refuse names that cannot be written, before the work."""
+        check_writable(self.html, self.markdown)
+
+    def write(self, document: Mapping[str, Any]) -> None:
+        """Write those that were asked for."""
+        if self.html is not None:
+            write_report(self.html, render_page(document))
+        if self.markdown is not None:
+            write_report(self.markdown, render_markdown(document))
 
 
 @dataclass(frozen=True)
@@ -200,6 +222,20 @@ balance_option = click.option(
     type=click.IntRange(1),
     metavar="N",
     help="Choose the windows from N tokens of the text, so that every expert gets its quota.",
+)
+report_options = _packed(
+    "reports",
+    Reports,
+    click.option(
+        "--html",
+        type=click.Path(path_type=Path),
+        help="Also write the report as one page for a browser; it needs no network.",
+    ),
+    click.option(
+        "--markdown",
+        type=click.Path(path_type=Path),
+        help="Also write the parity table for a model card.",
+    ),
 )
 text_options = _packed(
     "text",

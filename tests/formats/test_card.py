@@ -1,20 +1,20 @@
 """The model card: front matter the Hub accepts, figures that are those of the files."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
 
-from lfmq.formats import mlx, onnx
+from lfmq.formats import compressed_tensors, mlx, onnx
 from lfmq.formats.build import Assets
+from lfmq.formats.versions import PROVEN
 from lfmq.quant.types import Geometry, Plan, Scheme
 
 MakePlan = Callable[..., Plan]
-CONSTRAINTS = Path(__file__).resolve().parents[2] / "constraints.txt"
 
 both = pytest.mark.parametrize("module", [mlx, onnx], ids=["mlx", "onnx"])
 
@@ -133,10 +133,42 @@ def test_text(
 
 
 @both
-def test_the_versions_are_those_the_tests_run(module: ModuleType) -> None:
-    pins = CONSTRAINTS.read_text().splitlines()
-    for tested in module._RUNTIME.tested:
-        assert tested.replace(" ", "==") in pins
+def test_the_versions_are_those_the_tests_run(
+    module: ModuleType, tiny_geometry: Geometry, tiny_assets: Assets, make_plan: MakePlan
+) -> None:
+    text = card_text(module, make_plan(tiny_geometry), tiny_assets)
+    assert f"proven with {' and '.join(PROVEN[module.NAME])}." in text
+
+
+def bad_lines(module: ModuleType, plan: Plan, assets: Assets) -> list[str]:
+    text = card_text(module, plan, assets)
+    return re.findall(r"^- (.*)\n  \(\[source\]\(https://", text, re.M)
+
+
+def test_known_bad_versions_are_those_of_the_build(
+    tiny_geometry: Geometry, tiny_assets: Assets, make_plan: MakePlan
+) -> None:
+    (line,) = bad_lines(mlx, make_plan(tiny_geometry), tiny_assets)
+    assert line.startswith("mlx-lm up to 0.31.3: routes by softmax")
+    (line,) = bad_lines(onnx, make_plan(tiny_geometry), tiny_assets)
+    assert line.startswith("onnxruntime below 1.25")
+    wide = make_plan(tiny_geometry, experts=Scheme(8))
+    assert "ORT_QMOE_CPU_QNBIT_GEMM=fp32" in bad_lines(onnx, wide, tiny_assets)[1]
+    floats = make_plan(tiny_geometry, experts="float32")
+    assert bad_lines(onnx, floats, tiny_assets) == []
+    (line,) = bad_lines(compressed_tensors, make_plan(tiny_geometry), tiny_assets)
+    assert line.startswith("vllm up to 0.26.0")
+    plain = make_plan(tiny_geometry, shared="float32")
+    assert bad_lines(compressed_tensors, plain, tiny_assets) == []
+
+
+def test_tokenizer_files_are_named_for_the_model_they_concern(
+    tiny_geometry: Geometry, tiny_assets: Assets, make_plan: MakePlan
+) -> None:
+    named = replace(tiny_assets, name="LFM2.5-8B-A1B")
+    assert "feb5e04" in bad_lines(mlx, make_plan(tiny_geometry), named)[-1]
+    tuned = replace(tiny_assets, files={"README.md": b"base_model: LiquidAI/LFM2.5-8B-A1B"})
+    assert "feb5e04" in bad_lines(mlx, make_plan(tiny_geometry), tuned)[-1]
 
 
 def test_the_checkpoints_own_card_is_not_copied(

@@ -18,6 +18,7 @@ from lfmq.converter.plan import resolve_plan
 from lfmq.converter.recipe import load_recipe
 from lfmq.converter.text import load_windows
 from lfmq.formats.registry import FORMATS
+from lfmq.tests.validation.documents import document, make_document  # noqa: F401 - fixtures
 from lfmq.validation.engine import EngineRequest, WindowRun
 from lfmq.validation.metrics import scored_positions
 
