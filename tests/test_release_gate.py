@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-import pytest
 import yaml
 
 from lfmq.cli import main
 from lfmq.formats.versions import KNOWN_BAD, PROVEN
+from lfmq.validation.limits import load_thresholds
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -79,7 +79,7 @@ def test_the_workflow_installs_what_is_tested():
 
 
 def test_limits_of_the_example_exist():
-    found = limits.load_thresholds(THRESHOLDS)
+    found = load_thresholds(THRESHOLDS)
     assert dict(found.limits) == tomllib.loads(THRESHOLDS.read_text("utf-8"))["limits"]
 
 

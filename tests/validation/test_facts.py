@@ -73,7 +73,9 @@ def reverse_merges(document):
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(
-    ("change", "part"), [(swap_tokens, "tokens"), (reverse_merges, "merges")], ids=str
+    ("change", "part"),
+    [(swap_tokens, "tokens"), (reverse_merges, "merges")],
+    ids=["tokens", "merges"],
 )
 def test_a_tokenizer_of_another_model_is_named(builds, sample, tmp_path, format, change, part):
     found = facts_of(builds[format], format, with_tokenizer(sample, tmp_path, change))
