@@ -1,15 +1,11 @@
 """The command line: each command parses, calls one library function and prints."""
 
-import json
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import click
-import torch
-from rich.console import Console
-from rich.table import Table
 
 from lfmq.converter.balance import Balanced
 from lfmq.converter.balance import balance as choose_balanced
@@ -20,48 +16,33 @@ from lfmq.converter.checkpoint import Checkpoint
 from lfmq.converter.convert import convert as convert_checkpoint
 from lfmq.converter.convert import plan_builds, plan_layouts
 from lfmq.converter.inspect import inspect_checkpoint
-from lfmq.converter.manifest import verify_build
 from lfmq.converter.memory import DEFAULT as DEFAULT_MEMORY
 from lfmq.converter.memory import parse_bytes, peak_resident
 from lfmq.converter.recipe import load_recipe
 from lfmq.converter.text import Windows
 from lfmq.quant.errors import LfmqError
-from lfmq.validation.builds import Engine
-from lfmq.validation.gate import judge
-from lfmq.validation.generation import Generation, check_builds, generation_lines, with_generation
+from lfmq.validation.commands import compare, validate, verify
+from lfmq.validation.console import checkpoint_argument, example, print_json, print_tables
 from lfmq.validation.options import (
-    Asked,
     Common,
-    Gate,
-    Reports,
     Text,
     Wanted,
     balance_option,
     common_options,
-    engine_choice,
-    gate_options,
     plan_options,
-    report_options,
-    task_options,
     text_options,
 )
-from lfmq.validation.paired import compare as compare_builds
 from lfmq.validation.progress import show_conversion, show_progress
-from lfmq.validation.runtimes import plan_warnings, with_warnings
+from lfmq.validation.runtimes import plan_warnings
 from lfmq.validation.tables import (
     builds_table,
     coverage_table,
-    differences_table,
     inspection_table,
     planned_table,
-    report_table,
     roles_table,
     tensors_table,
     widths_table,
 )
-from lfmq.validation.validate import validate as validate_builds
-
-THRESHOLD_MISSED = 3
 
 
 class Commands(click.Group):
@@ -85,9 +66,6 @@ def _one_line(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-checkpoint_argument = click.argument("checkpoint")
-
-
 cluster_option = click.option(
     "--cluster",
     metavar="ADDRESS",
@@ -95,14 +73,10 @@ cluster_option = click.option(
 )
 
 
-def _example(command: str) -> str:
-    return f"\b\nExample:\n    {command}"
-
-
 @click.group(
     cls=Commands,
     context_settings={"max_content_width": 100},
-    epilog=_example("lfmq convert sample --output builds"),
+    epilog=example("lfmq convert sample --output builds"),
 )
 @click.version_option(package_name="lfmq")
 def main() -> None:
@@ -113,33 +87,21 @@ def main() -> None:
     """
 
 
-def _print_tables(*tables: Table) -> None:
-    """To the terminal's width; elsewhere as wide as they are, so that no path is cut."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=1000)
-    console.print(*tables)
-
-
-def _print_json(document: Any) -> None:
-    click.echo(json.dumps(document, ensure_ascii=False))
-
-
-@main.command(epilog=_example("lfmq inspect sample"))
+@main.command(epilog=example("lfmq inspect sample"))
 @checkpoint_argument
 @common_options
 def inspect(checkpoint: str, common: Common) -> None:
     """Show what a checkpoint is: roles, weights, bytes, dtypes, and what is odd."""
     report = inspect_checkpoint(common.open(checkpoint))
     if common.as_json:
-        _print_json(report.to_json())
+        print_json(report.to_json())
         return
-    _print_tables(inspection_table(report))
+    print_tables(inspection_table(report))
     for line in report.odd:
         click.echo(f"odd: {line}")
 
 
-@main.command(epilog=_example("lfmq plan sample --recipe int4 --to gguf"))
+@main.command(epilog=example("lfmq plan sample --recipe int4 --to gguf"))
 @checkpoint_argument
 @plan_options
 @click.option("--tensors", is_flag=True, help="Also list every tensor.")
@@ -168,7 +130,7 @@ def plan(
             for e in widths.plan.entries
         ]
         planned = [build.to_json() for build in builds]
-        _print_json(
+        print_json(
             {
                 "recipe": widths.plan.recipe,
                 "builds": planned,
@@ -177,19 +139,19 @@ def plan(
             }
         )
         return
-    _print_tables(roles_table(widths.plan), planned_table(builds))
+    print_tables(roles_table(widths.plan), planned_table(builds))
     if widths.groups:
-        _print_tables(widths_table(widths))
+        print_tables(widths_table(widths))
     if widths.kld is not None:
         click.echo(f"predicted mean KL divergence: {widths.kld:.6f} nats a token")
     for build in builds:
         if build.refused is not None:
             click.echo(f"{build.format}: {build.refused}")
     if tensors:
-        _print_tables(tensors_table(widths.plan))
+        print_tables(tensors_table(widths.plan))
 
 
-@main.command(epilog=_example("lfmq calibrate sample --output sample.statistics"))
+@main.command(epilog=example("lfmq calibrate sample --output sample.statistics"))
 @checkpoint_argument
 @click.option(
     "--output",
@@ -246,7 +208,7 @@ def calibrate(
             progress=progress,
         )
     if common.as_json:
-        _print_json(
+        print_json(
             {
                 "path": str(output),
                 "tokens": found.tokens,
@@ -258,7 +220,7 @@ def calibrate(
             }
         )
         return
-    _print_tables(coverage_table(coverage))
+    print_tables(coverage_table(coverage))
     click.echo(f"{output}: statistics of {found.tokens:,} tokens")
 
 
@@ -284,7 +246,7 @@ def _calibration_text(
     return found.windows, found
 
 
-@main.command(epilog=_example("lfmq convert sample --output builds --to gguf --to onnx"))
+@main.command(epilog=example("lfmq convert sample --output builds --to gguf --to onnx"))
 @checkpoint_argument
 @click.option(
     "--output",
@@ -364,7 +326,7 @@ def convert(
             notice=common.notice,
         )
     if common.as_json:
-        _print_json(
+        print_json(
             {
                 "builds": [build.to_json() for build in builds],
                 "seconds": time.monotonic() - started,
@@ -378,146 +340,12 @@ def convert(
         )
         return
     if calibration is not None:
-        _print_tables(coverage_table(calibration.experts, calibration.routers))
-    _print_tables(builds_table(builds))
+        print_tables(coverage_table(calibration.experts, calibration.routers))
+    print_tables(builds_table(builds))
 
 
-@main.command(epilog=_example("lfmq verify builds/lfm2moe-tiny-int4.gguf"))
-@click.argument("builds", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and no tables.")
-def verify(builds: tuple[Path, ...], as_json: bool) -> None:
-    """Check that builds hold the bytes their manifest says."""
-    found = [{"path": str(b), "manifest": str(verify_build(b)), "intact": True} for b in builds]
-    if as_json:
-        _print_json({"builds": found})
-        return
-    for build in found:
-        click.echo(f"{build['path']}: intact, as {build['manifest']} says")
-
-
-@main.command(epilog=_example("lfmq validate sample builds/*-int4.gguf --min-routing 0.97"))
-@checkpoint_argument
-@click.argument("builds", nargs=-1, required=True, type=click.Path(path_type=Path))
-@text_options
-@click.option(
-    "--engine",
-    "engines",
-    type=engine_choice,
-    multiple=True,
-    default=["read"],
-    show_default=True,
-    help="read: the file's weights through the reference forward; native: the file in its own "
-    "runtime. May be repeated.",
-)
-@task_options
-@click.option("--by-layer", is_flag=True, help="Also the divergence of each layer and expert.")
-@gate_options
-@report_options
-@common_options
-@click.pass_context
-def validate(
-    ctx: click.Context,
-    checkpoint: str,
-    builds: tuple[Path, ...],
-    text: Text,
-    engines: tuple[Engine, ...],
-    by_layer: bool,
-    asked: Asked,
-    gate: Gate,
-    reports: Reports,
-    common: Common,
-) -> None:
-    """Compare builds with their checkpoint: perplexity, KL divergence, routing, answers to tasks.
-
-    Every build is opened again and run on the same tokens as the checkpoint. Exits with status 3
-    when a limit is missed. Without --text the sample's evaluation text is used.
-    """
-    reports.check()
-    opened = common.open(checkpoint)
-    torch.set_num_threads(common.threads)
-    windows = text.windows(opened, "evaluation.jsonl")
-    thresholds = gate.stated(windows)
-    generation = _generation(opened, builds, asked, common)
-    with show_progress("validating", quiet=common.quiet, unit="step") as progress:
-        report = validate_builds(
-            opened,
-            builds,
-            windows,
-            engines=engines,
-            by_layer=by_layer,
-            threads=common.threads,
-            device=common.device,
-            progress=progress,
-        )
-    report = with_generation(report, generation)
-    report = replace(report, failures=judge(report.to_json(), thresholds))
-    document = with_warnings(report.to_json(), opened.assets)
-    reports.write(document)
-    for build in document["builds"]:
-        for line in build["warnings"]:
-            common.notice(f"warning: {build['path']}: {line}")
-    if common.as_json:
-        _print_json(document)
-    else:
-        _print_tables(report_table(report))
-        for line in generation_lines((b.path, b.generation) for b in report.builds):
-            click.echo(line)
-        for failure in report.failures:
-            click.echo(f"missed: {failure}")
-    if not report.passed:
-        ctx.exit(THRESHOLD_MISSED)
-
-
-def _generation(
-    opened: Checkpoint, builds: tuple[Path, ...], asked: Asked, common: Common
-) -> dict[Path, Generation]:
-    """What builds wrote for the tasks, if there are any."""
-    checks = asked.checks(opened)
-    if checks is None:
-        return {}
-    with show_progress("generating", quiet=common.quiet, unit="answer") as progress:
-        return check_builds(opened, builds, checks, device=common.device, progress=progress)
-
-
-@main.command(epilog=_example("lfmq compare sample builds/a-int4.gguf builds/b-int4.gguf"))
-@checkpoint_argument
-@click.argument("a", type=click.Path(path_type=Path))
-@click.argument("b", type=click.Path(path_type=Path))
-@text_options
-@click.option(
-    "--engine", type=engine_choice, default="read", show_default=True, help="What runs both."
-)
-@common_options
-def compare(checkpoint: str, a: Path, b: Path, text: Text, engine: Engine, common: Common) -> None:
-    """Compare two builds of one checkpoint on the same tokens, figure by figure.
-
-    A and B are run beside the checkpoint. Each difference has a 95 % interval from a bootstrap
-    over windows; where it holds zero no difference is shown. Without --text the sample's
-    evaluation text is used.
-    """
-    opened = common.open(checkpoint)
-    torch.set_num_threads(common.threads)
-    windows = text.windows(opened, "evaluation.jsonl")
-    with show_progress("comparing", quiet=common.quiet, unit="step") as progress:
-        found = compare_builds(
-            opened,
-            a,
-            b,
-            windows,
-            engine=engine,
-            threads=common.threads,
-            device=common.device,
-            progress=progress,
-        )
-    if common.as_json:
-        _print_json(found.to_json())
-        return
-    _print_tables(differences_table(found))
-    top = found.top1
-    click.echo(
-        f"the reference's most likely token: {top.only_a} positions only A, {top.only_b} only B, "
-        f"McNemar p = {top.p:.3g}"
-    )
+for command in (verify, validate, compare):
+    main.add_command(command)
 
 
 if __name__ == "__main__":

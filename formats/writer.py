@@ -1,7 +1,6 @@
 """Fills a build layout in: any piece in any order, under a temporary name until it is whole."""
 
 import errno
-import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,85 +10,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from lfmq.formats.build import BuildLayout, FileLayout, Piece
+from lfmq.formats.build import BuildLayout, FileLayout
+from lfmq.formats.filler import Filler, write_all
 from lfmq.formats.journal import Journal, Past, digest, digest_of
 from lfmq.quant.errors import PlanError
-from lfmq.quant.types import SLAB, Weight, rows_of
+from lfmq.quant.types import Weight
 
 _CHUNK = 2**24  # bytes read at a time to be checked
 _OPEN_FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-
-
-class Filler:
-    """Packs weights and writes them where they belong, in any process that sees the files.
-
-    Attributes:
-        part: the build under its temporary name.
-        finished: first tensors of units that are there already.
-    """
-
-    def __init__(self, part: Path, layout: BuildLayout, finished: frozenset[str]) -> None:
-        self.part = part
-        self.finished = finished
-        self._by_source: dict[str, list[tuple[str, Piece]]] = {}
-        for file in layout.files:
-            for piece in file.pieces:
-                self._by_source.setdefault(piece.sources[0], []).append((file.path, piece))
-
-    def pieces(self, names: Iterable[str]) -> list[tuple[str, Piece]]:
-        """Pieces that a unit's tensors fill in, each with its file."""
-        return [placed for name in names for placed in self._by_source.get(name, ())]
-
-    def fill(self, weights: Mapping[str, Weight], files: Mapping[str, int]) -> tuple[str, ...]:
-        """Pack and write every piece made of these tensors; the digest of each.
-
-        Raises:
-            OSError: the file system refused.
-        """
-        return tuple(
-            digest_of(_write_piece(path, files[path], piece, weights))
-            for path, piece in self.pieces(weights)
-        )
-
-    def fill_alone(self, weights: Mapping[str, Weight]) -> tuple[str, ...]:
-        """The same with files opened for it and closed after, which shared storage wants.
-
-        Raises:
-            PlanError: the file system refused.
-        """
-        if next(iter(weights)) in self.finished:
-            return ()
-        paths = {path for path, _ in self.pieces(weights)}
-        files: dict[str, int] = {}
-        try:
-            for path in sorted(paths):
-                place = self.part / path if path else self.part
-                files[path] = os.open(place, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
-            return self.fill(weights, files)
-        except OSError as error:
-            reason = error.strerror or error
-            raise PlanError(f"{self.part}: cannot be written ({reason})") from error
-        finally:
-            for descriptor in files.values():
-                os.close(descriptor)
-
-
-def _write_piece(
-    path: str, descriptor: int, piece: Piece, weights: Mapping[str, Weight]
-) -> Iterator[memoryview]:
-    """Pack and write a piece, yielding its bytes as they are written."""
-    at, end = piece.offset, piece.offset + piece.nbytes
-    for parts in _slabs(piece, [weights[source] for source in piece.sources]):
-        content = piece.pack(*parts).data.cast("B")
-        if at + content.nbytes <= end:
-            _write_all(descriptor, content, at)
-            yield content
-        at += content.nbytes
-    if at != end:
-        raise ValueError(
-            f"{path} at {piece.offset}: {at - piece.offset} bytes for a piece of "
-            f"{piece.nbytes} ({', '.join(piece.sources)})"
-        )
 
 
 class BuildWriter:
@@ -204,7 +132,7 @@ class BuildWriter:
         if file.size:
             _allocate(descriptor, file.size)
         for offset, content in file.constants:
-            _write_all(descriptor, memoryview(content), offset)
+            write_all(descriptor, memoryview(content), offset)
         return descriptor
 
     def _reopen(self, past: Past) -> None:
@@ -216,7 +144,7 @@ class BuildWriter:
         for file in self.layout.files:
             descriptor = self._open_file(file)
             for start, end in _gaps(file):
-                _write_all(descriptor, memoryview(bytes(end - start)), start)
+                write_all(descriptor, memoryview(bytes(end - start)), start)
         with ThreadPoolExecutor(self._threads) as pool:
             intact = list(pool.map(self._is_intact, past.units, past.units.values()))
         found = [names for names, good in zip(past.units, intact, strict=True) if good]
@@ -363,17 +291,6 @@ class BuildWriter:
         self._leave(done=self._committed and kind is None)
 
 
-def _slabs(piece: Piece, weights: list[Weight]) -> Iterator[list[Weight]]:
-    """The weights of a piece, a large one a few rows at a time where its bytes allow."""
-    shape = weights[0].shape
-    rows = max(1, SLAB * shape[0] // max(1, math.prod(shape)))
-    if not piece.by_rows or rows >= shape[0]:
-        yield weights
-        return
-    for start in range(0, shape[0], rows):
-        yield [rows_of(w, start, start + rows) for w in weights]
-
-
 def read_run(descriptor: int, offset: int, nbytes: int) -> Iterator[bytes]:
     """A run of a file in chunks; shorter where the file ends."""
     end = offset + nbytes
@@ -402,13 +319,6 @@ def _allocate(descriptor: int, size: int) -> None:
             if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                 raise
     return os.ftruncate(descriptor, size)
-
-
-def _write_all(descriptor: int, content: memoryview, offset: int) -> None:
-    content = content.cast("B")
-    while content:
-        written = os.pwrite(descriptor, content, offset)
-        content, offset = content[written:], offset + written
 
 
 def _sync_folder(path: Path) -> None:

@@ -21,6 +21,7 @@ NEUTRAL_FORMAT_MODULES = {
     "__init__",
     "build",
     "card",
+    "filler",
     "hf_config",
     "journal",
     "registry",

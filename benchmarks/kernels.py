@@ -1,0 +1,128 @@
+"""Weights a second of every kernel on one core, beside what the memory would allow.
+
+Each runs on the three matrices of an expert of LFM2.5-8B-A1B (11 M weights). ``memory`` is the
+bandwidth of a plain copy on the same core, and ``share`` what a kernel uses of it, counting each
+byte it must read or write once: near 1 it is bound by memory, far below by arithmetic.
+"""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from make_checkpoint import geometry, write_checkpoint
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from lfmq.converter.checkpoint import Checkpoint, open_checkpoint
+from lfmq.converter.convert import plan_layouts
+from lfmq.converter.nearest import quantize_entry
+from lfmq.converter.plan import resolve_plan
+from lfmq.converter.recipe import load_recipe
+from lfmq.formats.build import Piece
+from lfmq.formats.registry import FORMATS
+from lfmq.quant import gptq, rtn
+from lfmq.quant.types import Grid, Plan, Scheme, Weight
+
+# Name, weights, bytes that must move for each, and what to run.
+Kernel = tuple[str, int, float, Callable[[], object]]
+REPEATS = 5
+GRIDS: tuple[tuple[Grid, int], ...] = (
+    ("symmetric", 4),
+    ("symmetric", 8),
+    ("affine", 4),
+    ("asymmetric", 4),
+)
+
+
+def main() -> None:
+    """Measure and print the table."""
+    torch.set_num_threads(1)
+    memory = copy_bandwidth()
+    table = Table(title=f"one core, a plain copy moves {memory / 1e9:.1f} GB/s")
+    for column in ("kernel", "M weights/s", "bytes/weight", "share of memory"):
+        table.add_column(column, justify="left" if column == "kernel" else "right")
+    with TemporaryDirectory() as folder:
+        write_checkpoint(Path(folder) / "two", geometry(3, 4, 1792, 8192))
+        sample = open_checkpoint(Path(folder) / "two")
+        for name, weights, nbytes, run in kernels(sample):
+            seconds = best(run)
+            share = weights * nbytes / seconds / memory
+            rate = f"{weights / seconds / 1e6:,.0f}"
+            table.add_row(name, rate, f"{nbytes:.2f}", f"{share:.3f}")
+    Console(width=100).print(table)
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written a second by a copy larger than the caches."""
+    source, target = np.ones(2**28, np.uint8), np.empty(2**28, np.uint8)
+    return 2 * source.nbytes / best(lambda: np.copyto(target, source))
+
+
+def best(run: Callable[[], object]) -> float:
+    """CPU seconds of the fastest of some runs."""
+    found = []
+    for _ in range(REPEATS):
+        started = time.process_time()
+        run()
+        found.append(time.process_time() - started)
+    return min(found)
+
+
+def kernels(checkpoint: Checkpoint) -> list[Kernel]:
+    """Reading, quantizers and packers."""
+    recipe = load_recipe("int4")
+    plan = resolve_plan(checkpoint.geometry, recipe)
+    unit = next(u for u in plan.units() if u[0].expert == 0)
+    names, weights = [e.name for e in unit], sum(e.size for e in unit)
+    values = {name: checkpoint.read(name) for name in names}
+    rows: list[Kernel] = [
+        ("read and widen bfloat16", weights, 6.0, lambda: [checkpoint.read(n) for n in names]),
+    ]
+    for grid, bits in GRIDS:
+        scheme = Scheme(bits, 32, grid)
+        run = partial(round_all, list(values.values()), scheme)
+        run()  # compiles
+        rows.append((f"round to nearest, {scheme}", weights, 5.06, run))
+    w = values[names[0]]
+    x = torch.from_numpy(np.random.default_rng(0).standard_normal((4096, w.shape[1])))
+    moments = gptq.factorize((x.T @ x).float())
+    gptq.quantize(w[:16], moments, Scheme(4))
+    for sweeps in (0, gptq.SWEEPS):
+        name = f"GPTQ int4, {sweeps} sweeps"
+        again = partial(gptq.quantize, w, moments, Scheme(4), sweeps=sweeps)
+        rows.append((name, w.size, 5.06, again))
+    found = {e.name: quantize_entry(checkpoint, e) for e in unit}
+    return rows + packers(checkpoint, plan, found, weights)
+
+
+def packers(
+    checkpoint: Checkpoint, plan: Plan, found: dict[str, Weight], weights: int
+) -> list[Kernel]:
+    """Every format's packing of the expert."""
+    rows: list[Kernel] = []
+    for name, layout in plan_layouts(checkpoint, plan, FORMATS).items():
+        pieces = [p for f in layout.files for p in f.pieces if p.sources[0] in found]
+        nbytes = 1.06 + sum(p.nbytes for p in pieces) / weights
+        rows.append((f"pack for {name}", weights, nbytes, partial(pack_all, pieces, found)))
+    return rows
+
+
+def round_all(weights: list[NDArray[np.float32]], scheme: Scheme) -> None:
+    """Quantize each."""
+    for w in weights:
+        rtn.quantize(w, scheme)
+
+
+def pack_all(pieces: list[Piece], found: dict[str, Weight]) -> None:
+    """Pack each piece."""
+    for piece in pieces:
+        piece.pack(*(found[source] for source in piece.sources))
+
+
+if __name__ == "__main__":
+    main()
