@@ -1,0 +1,18 @@
+"""mlx-lm with a wrong routing rule: the engine of a test, run in a process of its own."""
+
+from collections.abc import Iterator
+
+from mlx_lm.models import lfm2_moe
+
+from lfmq.tests.validation.test_native_mlx import biased_weights
+from lfmq.validation import native_mlx
+from lfmq.validation.engine import EngineRequest, WindowRun
+from lfmq.validation.native_mlx import EXTRA as EXTRA
+from lfmq.validation.native_mlx import NAME as NAME
+from lfmq.validation.native_mlx import version as version
+
+
+def run_windows(request: EngineRequest) -> Iterator[WindowRun]:
+    """See the module."""
+    lfm2_moe.Lfm2MoeSparseMoeBlock.__call__ = biased_weights
+    return native_mlx.run_windows(request)
