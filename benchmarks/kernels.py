@@ -43,7 +43,10 @@ def main() -> None:
     """Measure and print the table."""
     torch.set_num_threads(1)
     memory = copy_bandwidth()
-    table = Table(title=f"one core, a plain copy moves {memory / 1e9:.1f} GB/s")
+    table = Table(
+        title=f"one core: a plain copy moves {memory / 1e9:.1f} GB/s, products of float32 "
+        f"matrices run at {product_rate() / 1e9:.0f} GFLOP/s"
+    )
     for column in ("kernel", "M weights/s", "bytes/weight", "share of memory"):
         table.add_column(column, justify="left" if column == "kernel" else "right")
     with TemporaryDirectory() as folder:
@@ -61,6 +64,12 @@ def copy_bandwidth() -> float:
     """Bytes read and written a second by a copy larger than the caches."""
     source, target = np.ones(2**28, np.uint8), np.empty(2**28, np.uint8)
     return 2 * source.nbytes / best(lambda: np.copyto(target, source))
+
+
+def product_rate() -> float:
+    """Operations a second of a product of two matrices as large as an expert's inputs."""
+    a = torch.randn(2048, 2048, generator=torch.Generator().manual_seed(0))
+    return 2 * 2048**3 / best(lambda: a @ a)
 
 
 def best(run: Callable[[], object]) -> float:
