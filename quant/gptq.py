@@ -337,13 +337,13 @@ def _spread_scale(g, q, h, d, step):  # type: ignore[no-untyped-def] # pragma: n
 
 @njit(nogil=True, cache=True, error_model="numpy", inline="always")
 def _refit_level(j, g, q, d, h, low, high, s, inverse, step):  # type: ignore[no-untyped-def] # pragma: no cover
-    """Move level j to the one of least loss and the gradient with it."""
+    """Move level j to the one of least loss, and the gradient of those after it."""
     reciprocal = np.float32(1) / h[j, j]
     for lane in range(LANES):
         new = nearest_level(q[j, lane] - g[j, lane] * reciprocal * inverse[lane], low, high)
         step[lane] = (new - q[j, lane]) * s[lane]
         q[j, lane] = new
         d[j, lane] += step[lane]
-    for k in range(q.shape[0]):
+    for k in range(j + 1, q.shape[0]):
         for lane in range(LANES):
             g[k, lane] += step[lane] * h[j, k]
