@@ -45,26 +45,18 @@ class Workers(Protocol):
         """Results in the order of the items; few more than ``count`` are ever held."""
 
 
-class _InOrder:
+def _in_order(workers: Workers, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """The map of all workers."""
-
-    count: int
-
-    def submit(self, function: Callable[[T], R], item: T) -> "Future[R]":
-        raise NotImplementedError
-
-    def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-        """See :class:`Workers`."""
-        waiting: deque[Future[R]] = deque()
-        for item in items:
-            if len(waiting) > self.count:
-                yield waiting.popleft().result()
-            waiting.append(self.submit(function, item))
-        while waiting:
+    waiting: deque[Future[R]] = deque()
+    for item in items:
+        if len(waiting) > workers.count:
             yield waiting.popleft().result()
+        waiting.append(workers.submit(function, item))
+    while waiting:
+        yield waiting.popleft().result()
 
 
-class _Threads(_InOrder):
+class _Threads:
     remote = False
 
     def __init__(self, pool: ThreadPoolExecutor, count: int) -> None:
@@ -73,6 +65,10 @@ class _Threads(_InOrder):
     def submit(self, function: Callable[[T], R], item: T) -> "Future[R]":
         """See :class:`Workers`."""
         return self._pool.submit(function, item)
+
+    def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        """See :class:`Workers`."""
+        return _in_order(self, function, items)
 
 
 @contextmanager
@@ -122,7 +118,7 @@ def _ray_workers(address: str) -> Iterator[Workers]:
         ray.shutdown()
 
 
-class _Ray(_InOrder):
+class _Ray:
     remote = True
 
     def __init__(self, ray: Any) -> None:
@@ -140,6 +136,10 @@ class _Ray(_InOrder):
         found = self._task.remote([self._sent[1]], item).future()
         found.add_done_callback(partial(_settle, future))
         return future
+
+    def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        """See :class:`Workers`."""
+        return _in_order(self, function, items)
 
 
 def _settle(future: "Future[R]", found: "Future[R]") -> None:

@@ -32,7 +32,8 @@ def gate(tmp_path: Path) -> Callable[..., dict[str, Any]]:
     limits.write_text(LIMITS)
 
     def run(build: Path, checkpoint: Path | str = "sample") -> dict[str, Any]:
-        words = ["validate", checkpoint, build, "--engine", "read", "--engine", "native"]
+        words: list[Any] = ["validate", checkpoint, build]
+        words += ["--engine", "read", "--engine", "native"]
         words += ["--tokens", 2048, "--sequence", 256, "--thresholds", limits, "--json", "--quiet"]
         result = CliRunner().invoke(main, [str(w) for w in words])
         failures = json.loads(result.stdout)["failures"]
