@@ -39,7 +39,7 @@ def layouts(checkpoint, plan):
 
 @pytest.mark.parametrize("name", ["int4", "int8", "int4-all", "floats"])
 def test_a_unit_holds_no_more_than_it_is_said_to(sample, tmp_path, monkeypatch, name):
-    for module in ("converter.nearest", "converter.memory", "formats.writer"):
+    for module in ("converter.nearest", "converter.memory", "formats.filler"):
         monkeypatch.setattr(f"lfmq.{module}.SLAB", 2**18)
     recipe = parse_recipe(FLOATS, name, name) if name == "floats" else load_recipe(name)
     plan = resolve_plan(sample.geometry, recipe)
@@ -85,7 +85,7 @@ def test_the_bytes_do_not_depend_on_the_memory(sample, tmp_path, monkeypatch):
     lines: list[str] = []
     convert(sample, recipe, plan, FORMATS, tmp_path / "much", notice=lines.append)
     assert lines == []
-    for module in ("converter.nearest", "converter.memory", "formats.writer"):
+    for module in ("converter.nearest", "converter.memory", "formats.filler"):
         monkeypatch.setattr(f"lfmq.{module}.SLAB", 2**14)
     convert(sample, recipe, plan, FORMATS, tmp_path / "little", memory=1, notice=lines.append)
     (line,) = lines
