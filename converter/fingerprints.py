@@ -34,6 +34,7 @@ class Fingerprints:
         self._folder = checkpoint.folder
         self._files = input_files(checkpoint)
         self._room: float = _AHEAD
+        self._stopped = False
         self._changed = Condition()
         self._pool = ThreadPoolExecutor(1)
 
@@ -47,7 +48,9 @@ class Fingerprints:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._allow(float("-inf"))
+        with self._changed:
+            self._stopped = True
+            self._changed.notify()
         self._pool.shutdown()
 
     def advance(self, nbytes: int) -> None:
@@ -89,5 +92,5 @@ class Fingerprints:
     def _may_go_on(self) -> bool:
         """Wait for the work to come near; False when nobody wants the result."""
         with self._changed:
-            self._changed.wait_for(lambda: self._room > 0 or self._room == float("-inf"))
-            return self._room != float("-inf")
+            self._changed.wait_for(lambda: self._room > 0 or self._stopped)
+            return not self._stopped
