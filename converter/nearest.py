@@ -140,19 +140,16 @@ def _quantize_slabs(
     rows: int,
 ) -> Quantized:
     """Quantize a large weight [N, K] some rows at a time; no row depends on another."""
-    codes = np.empty(entry.shape, np.uint8)
-    groups = (entry.shape[0], entry.shape[1] // scheme.group)
-    scale, offset = np.empty(groups, np.float16), None
+    whole: Quantized | None = None
     for start in range(0, entry.shape[0], rows):
-        run = slice(start, start + rows)
-        values = checkpoint.read_rows(entry.name, run.start, run.stop)
+        values = checkpoint.read_rows(entry.name, start, start + rows)
         found = quantize(values, scheme, importance)
-        codes[run], scale[run] = found.codes, found.scale
-        if found.offset is not None:
-            if offset is None:
-                offset = np.empty(groups, found.offset.dtype)
-            offset[run] = found.offset
-    return Quantized(codes, scale, scheme, offset)
+        if whole is None:
+            whole = found.map(lambda a: np.empty((entry.shape[0], *a.shape[1:]), a.dtype))
+        for into, part in zip(whole.arrays(), found.arrays(), strict=True):
+            into[start : start + rows] = part
+    assert whole is not None
+    return whole
 
 
 def not_finite(checkpoint: Checkpoint, name: str, dtype: str) -> NotFiniteError:

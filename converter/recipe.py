@@ -2,10 +2,11 @@
 
 import fnmatch
 import tomllib
+from collections.abc import Collection
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from lfmq.converter.tensors import Tensor
 from lfmq.quant.errors import RecipeError
@@ -21,10 +22,17 @@ from lfmq.quant.types import (
 )
 
 DEFAULT_RECIPE = "int4"
-_BITS = (4, 8)
 _GROUPS = (32, 64, 128)
+# Groups that each grid knows for a number of bits; the first is the default.
+_GRIDS: dict[Grid, dict[int, tuple[int, ...]]] = {
+    "symmetric": {4: _GROUPS, 8: _GROUPS},
+    "affine": {4: _GROUPS, 5: _GROUPS, 6: _GROUPS, 8: _GROUPS},
+    "asymmetric": {4: _GROUPS, 8: _GROUPS},
+    "superblock": {4: (32,), 5: (32,), 6: (16,)},
+}
 _LARGEST_INDEX = 1_000_000  # of a layer or an expert; a longer range is a slip
 _ROLE_SETS = {"experts": EXPERT_ROLES, "shared": SHARED_ROLES}
+_T = TypeVar("_T")
 _KEYS = {"roles", "layers", "names", "experts", "bits", "group", "grid", "float"}
 
 
@@ -133,17 +141,17 @@ def _storage(table: dict[str, Any], where: str) -> Storage:
             raise RecipeError(f"{where}: float is {table['float']!r}, expected one of {known}")
         value: FloatType = table["float"]
         return value
-    bits: Any = table.get("bits")
-    group = table.get("group", 32)
-    grid = table.get("grid", "symmetric")
-    for key, value_, legal in (
-        ("bits", bits, _BITS),
-        ("group", group, _GROUPS),
-        ("grid", grid, get_args(Grid)),
-    ):
-        if value_ not in legal or isinstance(value_, bool | float):
-            raise RecipeError(f"{where}: {key} is {value_!r}, expected one of {list(legal)}")
-    return Scheme(bits, group, grid)
+    grid = _one_of(_GRIDS, table.get("grid", "symmetric"), "grid", where)
+    bits = _one_of(_GRIDS[grid], table.get("bits"), "bits", where)
+    groups = _GRIDS[grid][bits]
+    return Scheme(bits, _one_of(groups, table.get("group", groups[0]), "group", where), grid)
+
+
+def _one_of(legal: Collection[_T], value: Any, key: str, where: str) -> _T:
+    if isinstance(value, bool | float | list | dict) or value not in legal:
+        raise RecipeError(f"{where}: {key} is {value!r}, expected one of {list(legal)}")
+    found: _T = value
+    return found
 
 
 def _roles(names: Any, where: str) -> frozenset[Role]:

@@ -60,9 +60,7 @@ def quantize(
 
 def _reshape(q: Quantized, shape: tuple[int, ...]) -> Quantized:
     """Rows [N, K] as a weight of the shape [..., K]."""
-    groups = (*shape[:-1], q.scale.shape[1])
-    offset = None if q.offset is None else q.offset.reshape(groups)
-    return Quantized(q.codes.reshape(shape), q.scale.reshape(groups), q.scheme, offset)
+    return q.map(lambda array: array.reshape(*shape[:-1], array.shape[1]))
 
 
 @njit(nogil=True, cache=True, error_model="numpy")

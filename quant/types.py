@@ -4,6 +4,7 @@ All of them are frozen: a stage makes new ones and never changes what it was giv
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 FloatType = Literal["float32", "float16", "bfloat16"]
-Grid = Literal["symmetric", "affine", "asymmetric"]
+Grid = Literal["symmetric", "affine", "asymmetric", "superblock"]
 LayerType = Literal["conv", "full_attention"]
 
 FLOAT_BYTES: dict[FloatType, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -91,7 +92,11 @@ class Scheme:
     - ``symmetric``, the portable grid, exact in every container:
       ``w[n, k] = scale[n, g] * (q - 2 ** (bits - 1))``;
     - ``affine``, MLX's: ``w[n, k] = scale[n, g] * q + offset[n, g]``, the offset a float16;
-    - ``asymmetric``, ONNX's: ``w[n, k] = scale[n, g] * (q - offset[n, g])``, the offset a code.
+    - ``asymmetric``, ONNX's: ``w[n, k] = scale[n, g] * (q - offset[n, g])``, the offset a code;
+    - ``superblock``, ggml's K-quants, where scales have codes too: with ``b = k // 256``,
+      ``w[n, k] = scale[n, b] * step[n, g] * q - offset[n, b] * shift[n, g]`` for 4 and 5 bits in
+      groups of 32, ``w[n, k] = scale[n, b] * step[n, g] * (q - 2 ** (bits - 1))`` for 6 bits in
+      groups of 16 (block_q4_K, block_q5_K and block_q6_K of ``ggml/src/ggml-common.h``).
     """
 
     bits: int
@@ -100,8 +105,20 @@ class Scheme:
 
     @property
     def zero_point(self) -> int:
-        """The code that stands for 0 on the symmetric grid."""
+        """The code that stands for 0 on a grid without offsets."""
         return int(2 ** (self.bits - 1))
+
+    @property
+    def span(self) -> int:
+        """Weights of a row that share a float16 scale."""
+        return SUPERBLOCK if self.grid == "superblock" else self.group
+
+    @property
+    def has_offset(self) -> bool:
+        """Whether weights move by an offset beside their scale."""
+        return self.grid in ("affine", "asymmetric") or (
+            self.grid == "superblock" and self.bits in (4, 5)
+        )
 
     @property
     def lowest_code(self) -> int:
@@ -117,10 +134,14 @@ class Scheme:
         return int(2**self.bits - 1)
 
     def __str__(self) -> str:
-        """Short form for tables, for example ``int4 g32`` or ``int4 g64 affine``."""
+        """Short form for tables, for example ``int4 g32`` ``int4 g64 affine`` or ``q4_k``."""
+        if self.grid == "superblock":
+            return f"q{self.bits}_k"
         short = f"int{self.bits} g{self.group}"
         return short if self.grid == "symmetric" else f"{short} {self.grid}"
 
+
+SUPERBLOCK = 256  # weights of a K-quant's block, which share its float16 scale and offset
 
 Storage = Scheme | FloatType
 
@@ -172,21 +193,39 @@ class Quantized:
 
     Attributes:
         codes: uint8, unpacked, shape [..., N, K].
-        scale: float16, shape [..., N, K // group].
+        scale: float16, shape [..., N, K // span].
         scheme: how codes, scale and offset make weights.
-        offset: shape of the scale; float16 on the affine grid, a uint8 zero point on the
-            asymmetric one, None on the symmetric one.
+        offset: shape of the scale; float16 on the affine grid and on 4 and 5 bits of the
+            superblock grid, a uint8 zero point on the asymmetric one, else None.
+        step: of the superblock grid, int8 [..., N, K // group]: what the scale is multiplied by,
+            0 to 63 for 4 and 5 bits, -128 to 127 for 6.
+        shift: of 4 and 5 bits there, the same for the offset, 0 to 63.
     """
 
     codes: NDArray[np.uint8]
     scale: NDArray[np.float16]
     scheme: Scheme
     offset: NDArray[np.float16] | NDArray[np.uint8] | None = None
+    step: NDArray[np.int8] | None = None
+    shift: NDArray[np.int8] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the weight."""
         return self.codes.shape
+
+    def arrays(self) -> tuple[NDArray[Any], ...]:
+        """Those that are there, codes and scale first."""
+        every = (self.codes, self.scale, self.offset, self.step, self.shift)
+        return tuple(array for array in every if array is not None)
+
+    def map(self, change: Callable[[NDArray[Any]], NDArray[Any]]) -> "Quantized":
+        """The weight that ``change`` makes of every array."""
+        arrays = (self.codes, self.scale, self.offset, self.step, self.shift)
+        codes, scale, *others = (None if a is None else change(a) for a in arrays)
+        assert codes is not None
+        assert scale is not None
+        return Quantized(codes, scale, self.scheme, *others)
 
 
 Weight = Quantized | NDArray[np.float32]
@@ -198,8 +237,7 @@ def rows_of(weight: Weight, start: int, stop: int) -> Weight:
     """A run of rows of a weight, sharing its memory."""
     if not isinstance(weight, Quantized):
         return weight[start:stop]
-    offset = None if weight.offset is None else weight.offset[start:stop]
-    return Quantized(weight.codes[start:stop], weight.scale[start:stop], weight.scheme, offset)
+    return weight.map(lambda array: array[start:stop])
 
 
 def dequantize(q: Quantized) -> NDArray[np.float32]:
@@ -210,6 +248,8 @@ def dequantize(q: Quantized) -> NDArray[np.float32]:
     """
     groups = q.codes.reshape(*q.codes.shape[:-1], -1, q.scheme.group).astype(np.float32)
     scale = q.scale.astype(np.float32)[..., None]
+    if q.scheme.grid == "superblock":
+        return _dequantize_superblocks(q, groups).reshape(q.codes.shape)
     if q.scheme.grid == "symmetric":
         values: NDArray[Any] = (groups - np.float32(q.scheme.zero_point)) * scale
         return values.reshape(q.codes.shape)
@@ -218,6 +258,19 @@ def dequantize(q: Quantized) -> NDArray[np.float32]:
     offset = q.offset.astype(np.float32)[..., None]
     values = groups * scale + offset if q.scheme.grid == "affine" else (groups - offset) * scale
     return values.reshape(q.codes.shape)
+
+
+def _dequantize_superblocks(q: Quantized, groups: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Every product is exact in float32 (11 + 6 + 5 bits, or 11 + 7 + 5); one sum rounds."""
+    if q.step is None:
+        raise ValueError(f"a weight on the {q.scheme.grid} grid has no steps")
+    each = q.scheme.span // q.scheme.group
+    scale = np.repeat(q.scale.astype(np.float32), each, -1) * q.step
+    if q.offset is None or q.shift is None:
+        return (groups - np.float32(q.scheme.zero_point)) * scale[..., None]
+    offset = np.repeat(q.offset.astype(np.float32), each, -1) * q.shift
+    values: NDArray[np.float32] = groups * scale[..., None] - offset[..., None]
+    return values
 
 
 @dataclass(frozen=True, slots=True)

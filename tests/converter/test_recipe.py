@@ -44,6 +44,9 @@ def test_an_empty_condition_matches_all():
         ('bits = 4\ngrid = "symmetric"', Scheme(4)),
         ('bits = 4\ngroup = 64\ngrid = "affine"', Scheme(4, 64, "affine")),
         ('bits = 8\ngrid = "asymmetric"', Scheme(8, 32, "asymmetric")),
+        ('bits = 5\ngroup = 64\ngrid = "affine"', Scheme(5, 64, "affine")),
+        ('bits = 4\ngrid = "superblock"', Scheme(4, 32, "superblock")),
+        ('bits = 6\ngrid = "superblock"', Scheme(6, 16, "superblock")),
         ('float = "bfloat16"', "bfloat16"),
     ],
 )
