@@ -11,8 +11,8 @@ inverse of H (Frantar et al. 2022, GPTQ, algorithm 1). Deviations:
   the scale of a group and then each of its codes take the value of least loss.
 - Columns keep their order, so that groups stay whole in every container.
 
-What a grid does with one group of columns is here for the portable grid and in
-``lfmq.quant.offset_gptq`` for those with an offset.
+What a grid does with one group of columns is in ``lfmq.quant.symmetric_gptq`` for the portable
+grid and in ``lfmq.quant.offset_gptq`` for those with an offset.
 
 float32 with float64 factorization. Sums over K go through BLAS: equal on one machine whatever the
 number of workers, not from one kind of processor to another.
@@ -23,24 +23,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numba import njit
 from numpy.typing import NDArray
 
-from lfmq.quant import gptq_torch, offset_torch
-from lfmq.quant.lanes import (
-    LANES,
-    TARGETS,
-    invert,
-    load_group,
-    nearest_level,
-    round_scale,
-    search_scale,
-)
-from lfmq.quant.offset_gptq import descend_group, round_group
+from lfmq.quant import gptq_torch, offset_gptq, offset_torch, symmetric_gptq
 from lfmq.quant.offset_lanes import MOVES, SPANS
 from lfmq.quant.offset_rtn import stored_offset
+from lfmq.quant.symmetric_lanes import TARGETS
 from lfmq.quant.triangular import invert_lower
 from lfmq.quant.types import Quantized, Scheme
+from lfmq.quant.vector import whole_lanes
 
 # Share of the mean diagonal added to it. Ten times that of Frantar et al. 2022, section 3.3: it
 # costs nothing on text like the calibration's and wins on other text (docs/quantization.md).
@@ -105,7 +96,8 @@ def quantize(w: F32, moments: Moments, scheme: Scheme, *, sweeps: int = SWEEPS) 
         portable = scheme.grid == "symmetric"
         on_device = gptq_torch.quantize_rows if portable else offset_torch.quantize_rows
         return on_device(w, moments.damped, moments.factor, scheme, sweeps)
-    level = np.empty((w.shape[1] // group, rows, group), np.float32)
+    w = whole_lanes(w)
+    level = np.empty((w.shape[1] // group, len(w), group), np.float32)
     grid = _GridState(
         scheme, level, np.empty(level.shape[:2], np.float32), np.zeros(level.shape[:2], np.float32)
     )
@@ -117,7 +109,8 @@ def quantize(w: F32, moments: Moments, scheme: Scheme, *, sweeps: int = SWEEPS) 
     offset = None
     if scheme.grid != "symmetric":
         offset = stored_offset(np.ascontiguousarray(grid.offset.T), scheme)
-    return Quantized(np.ascontiguousarray(codes).reshape(w.shape), half, scheme, offset)
+    found = Quantized(np.ascontiguousarray(codes).reshape(w.shape), half, scheme, offset)
+    return found.map(lambda array: array[:rows])
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,11 +153,13 @@ class _GridState:
         bits, grid = self.scheme.bits, self.scheme.grid
         if grid == "symmetric":
             targets = TARGETS[bits]
-            sound = _round_group(w, factor, cost, low, high, targets, level, scale, error)
+            sound = symmetric_gptq.round_group(
+                w, factor, cost, low, high, targets, level, scale, error
+            )
         else:
             spans, moves = SPANS[grid, bits], MOVES[grid, bits]
             affine = grid == "affine"
-            sound = round_group(
+            sound = offset_gptq.round_group(
                 w, factor, cost, affine, high, spans, moves, level, scale, offset, error
             )
         return bool(sound)
@@ -174,10 +169,10 @@ class _GridState:
         low, high = self.limits
         level, scale, offset = self.level[index], self.scale[index], self.offset[index]
         if self.scheme.grid == "symmetric":
-            _descend_group(gradient, h, low, high, level, scale, change)
+            symmetric_gptq.descend_group(gradient, h, low, high, level, scale, change)
         else:
             affine = self.scheme.grid == "affine"
-            descend_group(gradient, h, affine, high, level, scale, offset, change)
+            offset_gptq.descend_group(gradient, h, affine, high, level, scale, offset, change)
 
 
 def _zero_level(scheme: Scheme) -> int:
@@ -236,114 +231,3 @@ def _blocks(columns: int, group: int) -> Iterator[tuple[slice, list[slice]]]:
     for start in range(0, columns, _BLOCK):
         stop = min(start + _BLOCK, columns)
         yield slice(start, stop), [slice(i, i + group) for i in range(start, stop, group)]
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def _round_group(w, u, h, low, high, targets, level, scale, error):  # type: ignore[no-untyped-def] # pragma: no cover
-    rows, group = w.shape
-    x = np.zeros((group, LANES), np.float32)
-    e = np.zeros((group, LANES), np.float32)
-    peak = np.zeros(LANES, np.float32)
-    best = np.zeros(LANES, np.float32)
-    s = np.zeros(LANES, np.float32)
-    inverse = np.zeros(LANES, np.float32)
-    xq = np.zeros(LANES, np.float32)
-    qq = np.zeros(LANES, np.float32)
-    sound = True
-    for row in range(0, rows, LANES):
-        lanes = min(LANES, rows - row)
-        load_group(w, row, 0, lanes, x)
-        found = search_scale(x, h, low, high, targets, peak, best, s, inverse, xq, qq)
-        sound = found and sound
-        for c in range(group):
-            reciprocal = np.float32(1) / u[c, c]
-            for lane in range(LANES):
-                q = nearest_level(x[c, lane] * inverse[lane], low, high)
-                xq[lane] = q
-                e[c, lane] = (x[c, lane] - q * s[lane]) * reciprocal
-            for lane in range(lanes):
-                level[row + lane, c] = xq[lane]
-            for j in range(c + 1, group):
-                for lane in range(LANES):
-                    x[j, lane] -= e[c, lane] * u[c, j]
-        for lane in range(lanes):
-            scale[row + lane] = s[lane]
-            for c in range(group):
-                error[row + lane, c] = e[c, lane]
-    return sound
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def _descend_group(gradient, h, low, high, level, scale, change):  # type: ignore[no-untyped-def] # pragma: no cover
-    rows, group = gradient.shape
-    g = np.zeros((group, LANES), np.float32)
-    q = np.zeros((group, LANES), np.float32)
-    d = np.zeros((group, LANES), np.float32)
-    s = np.zeros(LANES, np.float32)
-    inverse = np.zeros(LANES, np.float32)
-    work = np.zeros((4, LANES), np.float32)
-    for row in range(0, rows, LANES):
-        lanes = min(LANES, rows - row)
-        load_group(gradient, row, 0, lanes, g)
-        load_group(level, row, 0, lanes, q)
-        s[:] = np.float32(0)
-        for lane in range(lanes):
-            s[lane] = scale[row + lane]
-        _refit_scale(g, q, h, s, d, work[0], work[1], work[2], work[3])
-        invert(s, np.float32(1), inverse)
-        for j in range(group):
-            _refit_level(j, g, q, d, h, low, high, s, inverse, work[0])
-        for lane in range(lanes):
-            scale[row + lane] = s[lane]
-            for j in range(group):
-                level[row + lane, j] = q[j, lane]
-                change[row + lane, j] = d[j, lane]
-
-
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _refit_scale(g, q, h, s, d, hq, down, curve, fitted):  # type: ignore[no-untyped-def] # pragma: no cover
-    """Move the scale to the float16 of least loss, when that lowers it; d = the change."""
-    down[:] = np.float32(0)
-    curve[:] = np.float32(0)
-    for j in range(q.shape[0]):
-        hq[:] = np.float32(0)
-        for k in range(q.shape[0]):
-            for lane in range(LANES):
-                hq[lane] += h[j, k] * q[k, lane]
-        for lane in range(LANES):
-            down[lane] -= q[j, lane] * g[j, lane]
-            curve[lane] += q[j, lane] * hq[lane]
-    for lane in range(LANES):
-        hq[lane] = s[lane] * curve[lane] + down[lane]
-    round_scale(hq, curve, fitted)
-    for lane in range(LANES):
-        step = fitted[lane] - s[lane]
-        better = step * (step * curve[lane] - np.float32(2) * down[lane]) < np.float32(0)
-        s[lane] = fitted[lane] if better else s[lane]
-        hq[lane] = step if better else np.float32(0)
-    _spread_scale(g, q, h, d, hq)
-
-
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _spread_scale(g, q, h, d, step):  # type: ignore[no-untyped-def] # pragma: no cover
-    """What a step of the scale does to weights and gradient."""
-    for k in range(q.shape[0]):
-        for lane in range(LANES):
-            d[k, lane] = q[k, lane] * step[lane]
-        for j in range(q.shape[0]):
-            for lane in range(LANES):
-                g[j, lane] += d[k, lane] * h[k, j]
-
-
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _refit_level(j, g, q, d, h, low, high, s, inverse, step):  # type: ignore[no-untyped-def] # pragma: no cover
-    """Move level j to the one of least loss, and the gradient of those after it."""
-    reciprocal = np.float32(1) / h[j, j]
-    for lane in range(LANES):
-        new = nearest_level(q[j, lane] - g[j, lane] * reciprocal * inverse[lane], low, high)
-        step[lane] = (new - q[j, lane]) * s[lane]
-        q[j, lane] = new
-        d[j, lane] += step[lane]
-    for k in range(j + 1, q.shape[0]):
-        for lane in range(LANES):
-            g[k, lane] += step[lane] * h[j, k]

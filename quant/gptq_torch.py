@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lfmq.quant.lanes import TARGETS
+from lfmq.quant.symmetric_lanes import TARGETS
 from lfmq.quant.types import Quantized, Scheme
 
 _LARGEST = 65504.0  # largest float16

@@ -11,8 +11,9 @@ codes.
 import numpy as np
 from numba import njit
 
-from lfmq.quant.lanes import LANES, invert, load_group, nearest_level, round_half
+from lfmq.quant.lanes import invert, load_group, nearest_level, round_half
 from lfmq.quant.offset_lanes import WORK, search_offset
+from lfmq.quant.vector import LANES
 
 _LARGEST = np.float32(65504)  # largest float16
 # Share of the product of curvatures below which scale and offset have the same effect.

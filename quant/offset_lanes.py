@@ -15,7 +15,8 @@ As in ``lfmq.quant.lanes`` every sum is taken in order in float32, without fused
 import numpy as np
 from numba import njit
 
-from lfmq.quant.lanes import LANES, invert, nearest_level, round_half
+from lfmq.quant.lanes import invert, nearest_level, round_half
+from lfmq.quant.vector import LANES
 
 _LARGEST = np.float32(65504)  # largest float16
 # A range below 2^-25 has steps that float16 rounds to 0, whatever the candidate.

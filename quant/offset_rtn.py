@@ -4,9 +4,10 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from lfmq.quant.lanes import LANES, load_group, nearest_level
+from lfmq.quant.lanes import load_group, nearest_level
 from lfmq.quant.offset_lanes import MOVES, SPANS, WORK, search_offset
 from lfmq.quant.types import Quantized, Scheme
+from lfmq.quant.vector import LANES
 
 F32 = NDArray[np.float32]
 

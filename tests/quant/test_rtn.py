@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from lfmq.quant.lanes import TARGETS
 from lfmq.quant.rtn import quantize
+from lfmq.quant.symmetric_lanes import TARGETS
 from lfmq.quant.types import Scheme, dequantize
 
 F32 = NDArray[np.float32]

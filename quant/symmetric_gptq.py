@@ -1,0 +1,138 @@
+"""GPTQ's two steps on one group of columns, for the portable grid (``lfmq.quant.gptq``).
+
+With g the gradient and H the moments of a group of levels q and scale s, a step ds of the scale
+changes the loss by ``ds^2 q'Hq + 2 ds q'g``, and a weight's best level is ``q - g / (s H[j, j])``.
+"""
+
+import numpy as np
+from numba import njit
+
+from lfmq.quant.symmetric_lanes import search_scale
+from lfmq.quant.vector import (
+    LANES,
+    half,
+    load,
+    load_columns,
+    nearest,
+    ratio,
+    splat,
+    store,
+    store_columns,
+    where_above,
+)
+
+_ZERO, _ONE, _TWO = np.float32(0), np.float32(1), np.float32(2)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def round_group(w, u, h, low, high, targets, level, scale, error):  # type: ignore[no-untyped-def] # pragma: no cover
+    """Search and round a group [N, g]: fill in levels, scale and the error to spread.
+
+    N is a multiple of 16, u [g, g] the factor of the group, h [g] the importance.
+    """
+    rows, group = w.shape
+    x = np.empty((group, LANES), np.float32)
+    e = np.empty((group, LANES), np.float32)
+    found = np.empty((1, LANES), np.float32)
+    lowest, highest = splat(low), splat(high)
+    sound = True
+    for row in range(0, rows, LANES):
+        for j in range(0, group, 2 * LANES):
+            load_columns(w, row, j, x, j)
+        s, inverse, finite = search_scale(x, h, lowest, highest, targets)
+        sound = finite and sound
+        for c in range(group):
+            value = load(x, c)
+            q = nearest(value * inverse, lowest, highest)
+            missing = (value - q * s) * (_ONE / u[c, c])
+            store(x, c, q)
+            store(e, c, missing)
+            for j in range(c + 1, group):
+                store(x, j, load(x, j) - missing * u[c, j])
+        store(found, 0, s)
+        for lane in range(LANES):
+            scale[row + lane] = found[0, lane]
+        for j in range(0, group, 2 * LANES):
+            store_columns(level, row, j, x, j)
+            store_columns(error, row, j, e, j)
+    return sound
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def descend_group(gradient, h, low, high, level, scale, change):  # type: ignore[no-untyped-def] # pragma: no cover
+    """Refit scale and levels of a group [N, g] in place; fill in its weights' change.
+
+    N is a multiple of 16.
+    """
+    rows, group = gradient.shape
+    g = np.empty((group, LANES), np.float32)
+    q = np.empty((group, LANES), np.float32)
+    d = np.empty((group, LANES), np.float32)
+    found = np.empty((1, LANES), np.float32)
+    lowest, highest = splat(low), splat(high)
+    for row in range(0, rows, LANES):
+        for j in range(0, group, 2 * LANES):
+            load_columns(gradient, row, j, g, j)
+            load_columns(level, row, j, q, j)
+        for lane in range(LANES):
+            found[0, lane] = scale[row + lane]
+        s, step = _refit_scale(g, q, h, load(found, 0))
+        _spread_scale(g, q, h, d, step)
+        inverse = ratio(splat(_ONE), s)
+        for j in range(group):
+            before = load(q, j)
+            moved = before - load(g, j) * (_ONE / h[j, j]) * inverse
+            after = nearest(moved, lowest, highest)
+            move = (after - before) * s
+            store(q, j, after)
+            store(d, j, load(d, j) + move)
+            for k in range(j + 1, group):
+                store(g, k, load(g, k) + move * h[j, k])
+        store(found, 0, s)
+        for lane in range(LANES):
+            scale[row + lane] = found[0, lane]
+        for j in range(0, group, 2 * LANES):
+            store_columns(level, row, j, q, j)
+            store_columns(change, row, j, d, j)
+
+
+@njit(nogil=True, cache=True, error_model="numpy", inline="always")
+def _refit_scale(g, q, h, s):  # type: ignore[no-untyped-def] # pragma: no cover
+    """The float16 scale of least loss, when it lowers that, and its step."""
+    down, curve = splat(_ZERO), splat(_ZERO)
+    for j in range(0, q.shape[0], 4):  # four sums at a time: each waits for itself only
+        a, b, c, d = splat(_ZERO), splat(_ZERO), splat(_ZERO), splat(_ZERO)
+        for k in range(q.shape[0]):
+            level = load(q, k)
+            a = a + level * h[j, k]
+            b = b + level * h[j + 1, k]
+            c = c + level * h[j + 2, k]
+            d = d + level * h[j + 3, k]
+        for i, hq in enumerate((a, b, c, d)):
+            level = load(q, j + i)
+            down = down - level * load(g, j + i)
+            curve = curve + level * hq
+    fitted = half(ratio(s * curve + down, curve))
+    step = fitted - s
+    change = step * (step * curve - down * _TWO)
+    step = where_above(splat(_ZERO), change, step, splat(_ZERO))
+    return s + step, step
+
+
+@njit(nogil=True, cache=True, error_model="numpy", inline="always")
+def _spread_scale(g, q, h, d, step):  # type: ignore[no-untyped-def] # pragma: no cover
+    """What a step of the scale does to weights and gradient."""
+    for k in range(q.shape[0]):
+        store(d, k, load(q, k) * step)
+    for j in range(0, q.shape[0], 4):
+        a, b, c, e = load(g, j), load(g, j + 1), load(g, j + 2), load(g, j + 3)
+        for k in range(q.shape[0]):
+            move = load(d, k)
+            a = a + move * h[k, j]
+            b = b + move * h[k, j + 1]
+            c = c + move * h[k, j + 2]
+            e = e + move * h[k, j + 3]
+        store(g, j, a)
+        store(g, j + 1, b)
+        store(g, j + 2, c)
+        store(g, j + 3, e)
