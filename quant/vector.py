@@ -2,8 +2,9 @@
 
 LLVM turns loops over small arrays into SIMD code only where it can prove that they do not overlap,
 which it rarely can in a kernel with a dozen of them, and then keeps sums in memory. Here a kernel
-says what it means: ``a * b + c`` multiplies and adds sixteen lanes that stay in registers. What a processor has is used: one instruction with AVX-512, two with AVX, four with SSE
-or NEON. Every operation rounds as its scalar one does; none are fused or reordered.
+says what it means: ``a * b + c`` multiplies and adds sixteen lanes that stay in registers. What a
+processor has is used: one instruction with AVX-512, two with AVX, four with SSE or NEON. Every
+operation rounds as its scalar one does; none are fused or reordered.
 
 Scratch arrays have one vector a row, float32 [n, 16].
 """
