@@ -60,9 +60,11 @@ class Checkpoint:
         """
         return read_floats(self.stored[name])
 
-    def read_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
-        """A run of a tensor's rows; see :meth:`read`."""
-        return read_floats(rows_of(self.stored[name], start, stop))
+    def read_rows(
+        self, name: str, start: int, stop: int, into: NDArray[np.uint8] | None = None
+    ) -> NDArray[Any]:
+        """A run of a tensor's rows in its own dtype, in the memory given; see :meth:`read`."""
+        return read_tensor(rows_of(self.stored[name], start, stop), into)
 
 
 def open_checkpoint(folder: Path, name: str | None = None) -> Checkpoint:

@@ -1,5 +1,6 @@
 """Round to nearest: every unit of the plan on its own, in any order, from any thread."""
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from functools import partial
@@ -13,7 +14,12 @@ from lfmq.converter.memory import unit_bytes
 from lfmq.converter.workers import open_workers
 from lfmq.quant.errors import CheckpointError
 from lfmq.quant.rtn import quantize
-from lfmq.quant.types import SLAB, Entry, FloatType, Plan, Quantized, Scheme, Weight
+from lfmq.quant.types import Entry, FloatType, Plan, Quantized, Scheme, Weight
+from lfmq.quant.vector import LANES
+
+# Weights that are read and quantized at a time; they stay in the processor's cache.
+SLAB = 2**19
+_own = threading.local()
 
 # What an error in each column of a weight costs, [K]; None counts all the same.
 Importance = Callable[[Entry], NDArray[np.float32] | None]
@@ -124,10 +130,7 @@ def quantize_entry(
         return values
     known = importance(entry) if importance else None
     try:
-        rows = max(1, SLAB // entry.shape[-1])
-        if rows >= entry.shape[0]:
-            return quantize(checkpoint.read(entry.name), entry.storage, known)
-        return _quantize_slabs(checkpoint, entry, entry.storage, known, rows)
+        return _quantize_slabs(checkpoint, entry, entry.storage, known)
     except ValueError as error:
         raise not_finite(checkpoint, entry.name, "float16") from error
 
@@ -137,19 +140,31 @@ def _quantize_slabs(
     entry: Entry,
     scheme: Scheme,
     importance: NDArray[np.float32] | None,
-    rows: int,
 ) -> Quantized:
-    """Quantize a large weight [N, K] some rows at a time; no row depends on another."""
+    """Quantize a weight [N, K] some rows at a time; no row depends on another."""
+    step = max(LANES, SLAB // entry.shape[-1] // LANES * LANES)
+    row_bytes = checkpoint.stored[entry.name].nbytes // entry.shape[0]
+    buffer = _buffer(step * row_bytes)
     whole: Quantized | None = None
-    for start in range(0, entry.shape[0], rows):
-        values = checkpoint.read_rows(entry.name, start, start + rows)
+    for start in range(0, entry.shape[0], step):
+        values = checkpoint.read_rows(entry.name, start, start + step, buffer)
         found = quantize(values, scheme, importance)
         if whole is None:
+            if len(values) == entry.shape[0]:
+                return found
             whole = found.map(lambda a: np.empty((entry.shape[0], *a.shape[1:]), a.dtype))
         for into, part in zip(whole.arrays(), found.arrays(), strict=True):
-            into[start : start + rows] = part
+            into[start : start + step] = part
     assert whole is not None
     return whole
+
+
+def _buffer(nbytes: int) -> NDArray[np.uint8]:
+    """Memory of this thread, used again by each weight: new memory costs more than reading."""
+    found: NDArray[np.uint8] | None = getattr(_own, "buffer", None)
+    if found is None or found.size < nbytes:
+        found = _own.buffer = np.empty(nbytes, np.uint8)
+    return found
 
 
 def not_finite(checkpoint: Checkpoint, name: str, dtype: str) -> NotFiniteError:

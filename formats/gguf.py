@@ -1,7 +1,6 @@
 """GGUF for llama.cpp, architecture ``lfm2moe``.
 
-Block layouts follow ``ggml/src/ggml-common.h`` (block_q4_0, block_q8_0), names and metadata what
-llama.cpp's loader for ``lfm2moe`` requires; docs/gguf.md lists both.
+Names and metadata are what llama.cpp's loader for ``lfm2moe`` requires; docs/gguf.md lists both.
 """
 
 import math
@@ -16,17 +15,17 @@ from gguf.quants import quant_shape_to_byte_shape
 from numpy.typing import NDArray
 
 from lfmq.formats.build import Assets, BuildLayout, Bytes, FileLayout, Piece, WidthUnit, as_bytes
+from lfmq.formats.gguf_blocks import BLOCK, pack_q4_0, pack_q8_0
 from lfmq.formats.gguf_metadata import TensorHeader, header_bytes, tokenizer_vocabulary
 from lfmq.formats.gguf_names import split_expert, tensor_name
 from lfmq.formats.gguf_reader import open_reader as open_reader
 from lfmq.quant.errors import UnsupportedError
-from lfmq.quant.types import Entry, Plan, Quantized, Role, Scheme, Storage
+from lfmq.quant.types import Entry, Plan, Role, Scheme, Storage
 
 NAME = "gguf"
 SUFFIX = ".gguf"
 WIDTHS: WidthUnit = "stack"
 ALIGNMENT = 32
-BLOCK = 32
 
 _FLOAT_TYPES = {
     "float32": GGMLQuantizationType.F32,
@@ -184,25 +183,6 @@ def _file_type(stacks: list[_Stack]) -> GGMLQuantizationType:
 
 def _padded(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
-
-
-def pack_q4_0(q: Quantized) -> Bytes:
-    """block_q4_0: float16 scale, then 16 bytes; byte j holds code j low and code j + 16 high."""
-    codes = q.codes.reshape(-1, 2, BLOCK // 2)
-    blocks = np.empty((codes.shape[0], 18), np.uint8)
-    blocks[:, :2] = q.scale.reshape(-1, 1).view(np.uint8)
-    np.left_shift(codes[:, 1], 4, out=blocks[:, 2:])
-    blocks[:, 2:] |= codes[:, 0]
-    return blocks.reshape(-1)
-
-
-def pack_q8_0(q: Quantized) -> Bytes:
-    """block_q8_0: float16 scale, then 32 int8 (code - 128)."""
-    codes = q.codes.reshape(-1, BLOCK)
-    blocks = np.empty((codes.shape[0], 34), np.uint8)
-    blocks[:, :2] = q.scale.reshape(-1, 1).view(np.uint8)
-    np.bitwise_xor(codes, 0x80, out=blocks[:, 2:])
-    return blocks.reshape(-1)
 
 
 def _pack_float(values: NDArray[np.float32], dtype: str) -> Bytes:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfmq.quant.errors import CheckpointError
+from lfmq.quant.types import widened
 
 # The format's own limit on a header; a length beyond it is damage or an attack.
 MAX_HEADER_BYTES = 100_000_000
@@ -141,16 +142,15 @@ def rows_of(tensor: StoredTensor, start: int, stop: int) -> StoredTensor:
 
 def read_floats(tensor: StoredTensor) -> NDArray[np.float32]:
     """A float tensor as float32, which holds bfloat16 and float16 exactly."""
-    values = read_tensor(tensor)
-    if values.dtype == ml_dtypes.bfloat16:
-        wide = values.view(np.uint16).astype(np.uint32)
-        wide <<= 16
-        return wide.view(np.float32)
-    return values.astype(np.float32, copy=False)
+    return widened(read_tensor(tensor))
 
 
-def read_tensor(tensor: StoredTensor) -> NDArray[Any]:
+def read_tensor(tensor: StoredTensor, into: NDArray[np.uint8] | None = None) -> NDArray[Any]:
     """The tensor's values in its own dtype (bfloat16 through ml_dtypes).
+
+    Args:
+        tensor: what to read.
+        into: memory for its bytes, which the values then lie in; new memory when None.
 
     Raises:
         CheckpointError: a dtype not known here, the file changed since its header was read, or
@@ -158,7 +158,7 @@ def read_tensor(tensor: StoredTensor) -> NDArray[Any]:
     """
     if tensor.dtype not in DTYPES:
         raise CheckpointError(f"{tensor.path}: holds dtype {tensor.dtype}, which is not known")
-    content = np.empty(tensor.nbytes, np.uint8)
+    content = np.empty(tensor.nbytes, np.uint8) if into is None else into[: tensor.nbytes]
     view = content.data
     try:
         descriptor = os.open(tensor.path, os.O_RDONLY | os.O_CLOEXEC)

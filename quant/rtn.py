@@ -5,21 +5,23 @@ without fused multiply-add; the tests hold plain definitions. Each grid has its 
 (``lfmq.quant.symmetric_lanes``, ``offset_lanes``).
 """
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from lfmq.quant import offset_rtn, symmetric_rtn
-from lfmq.quant.types import Quantized, Scheme
+from lfmq.quant.types import Quantized, Scheme, widened
 
 
 def quantize(
-    w: NDArray[np.float32], scheme: Scheme, importance: NDArray[np.float32] | None = None
+    w: NDArray[Any], scheme: Scheme, importance: NDArray[np.float32] | None = None
 ) -> Quantized:
     """Quantize a weight of shape [..., N, K].
 
     Args:
-        w: the weight, float32 or bfloat16; K is a multiple of the scheme's group.
+        w: the weight, float32, float16 or bfloat16; K is a multiple of the scheme's group.
         scheme: its grid.
         importance: weight of each input's squared error, shape [K]; all one when None.
 
@@ -34,7 +36,7 @@ def quantize(
     if w.dtype == ml_dtypes.bfloat16 and scheme.grid == "symmetric":
         bits = np.ascontiguousarray(w).view(np.uint16).reshape(-1, shape[-1])
         return _reshape(symmetric_rtn.quantize_rows(bits, h, scheme), shape)
-    rows = np.ascontiguousarray(w, np.float32).reshape(-1, shape[-1])
+    rows = np.ascontiguousarray(widened(w)).reshape(-1, shape[-1])
     grid = symmetric_rtn if scheme.grid == "symmetric" else offset_rtn
     return _reshape(grid.quantize_rows(rows, h, scheme), shape)
 

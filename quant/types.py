@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -230,7 +231,16 @@ class Quantized:
 
 Weight = Quantized | NDArray[np.float32]
 
-SLAB = 2**23  # weights of a large tensor that are widened, quantized or packed at a time
+SLAB = 2**23  # weights of a large tensor that are packed at a time
+
+
+def widened(values: NDArray[Any]) -> NDArray[np.float32]:
+    """Floats of a checkpoint as float32, which holds bfloat16 and float16 exactly."""
+    if values.dtype == ml_dtypes.bfloat16:
+        wide = values.view(np.uint16).astype(np.uint32)
+        wide <<= 16
+        return wide.view(np.float32)
+    return values.astype(np.float32, copy=False)
 
 
 def rows_of(weight: Weight, start: int, stop: int) -> Weight:
