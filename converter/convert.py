@@ -342,7 +342,7 @@ def _name(
     """Give builds and manifest their names; nothing gets one before everything is whole."""
     for writer in writers:
         writer.finish()
-    places = {w.layout.format: Made(w.target, w.part, w.digests()) for w in writers}
+    places = {w.layout.format: Made(w.target, w.part, w.hashes(), w.digests()) for w in writers}
     part = write_manifest(
         manifest, checkpoint, inputs, plan, recipe, places, text_sha256=text_sha256
     )

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -20,7 +19,6 @@ from lfmq.quant.types import Entry, Plan, Scheme
 # Offset, length, digest and first tensor of each piece of a file, in order.
 Pieces = list[tuple[int, int, str, str]]
 
-_READERS = 2  # files of a build hashed at a time
 LIBRARIES = ("gguf", "numba", "numpy", "onnx", "torch")
 
 
@@ -31,11 +29,13 @@ class Made:
     Attributes:
         target: its final path.
         part: where it is now.
-        pieces: of each file (an empty name for a build of one file), what it was written from.
+        hashes: sha256 of each file (an empty name for a build of one file).
+        pieces: what each was written from.
     """
 
     target: Path
     part: Path
+    hashes: Mapping[str, str]
     pieces: Mapping[str, Pieces]
 
 
@@ -111,23 +111,19 @@ def _storage(entry: Entry) -> Any:
 
 
 def _build(build: Made) -> dict[str, Any]:
-    name, now = build.target.name, build.part
-    files = [now] if now.is_file() else sorted(p for p in now.rglob("*") if p.is_file())
     found: dict[str, Any] = {}
-    with ThreadPoolExecutor(_READERS) as pool:
-        fingerprints = list(pool.map(_fingerprint, files))
-    for path, entry in zip(files, fingerprints, strict=True):
-        inside = "" if path == now else str(path.relative_to(now))
-        found[str(Path(name) / inside)] = entry
+    for inside, digest in sorted(build.hashes.items()):
+        path = build.part / inside if inside else build.part
+        entry: dict[str, Any] = {"bytes": path.stat().st_size, "sha256": digest}
         if inside in build.pieces:
             entry["pieces"] = [" ".join(map(str, piece)) for piece in build.pieces[inside]]
-    return {"path": name, "files": found}
+        found[str(Path(build.target.name) / inside)] = entry
+    return {"path": build.target.name, "files": found}
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
+def _sha256(path: Path) -> str:
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _parse_pieces(lines: list[str]) -> Pieces:
@@ -155,7 +151,7 @@ def verify_build(build: Path) -> Path:
                 f"{path}: {path.stat().st_size:,} bytes, {manifest.name} says {nbytes:,}"
                 f"{_first_difference(path, pieces)}"
             )
-        if _fingerprint(path)["sha256"] != digest:
+        if _sha256(path) != digest:
             raise ValidationError(
                 f"{path}: sha256 differs from {manifest.name}{_first_difference(path, pieces)}"
             )

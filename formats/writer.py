@@ -12,6 +12,7 @@ from typing import Self
 
 from lfmq.formats.build import BuildLayout, FileLayout
 from lfmq.formats.filler import Filler, write_all
+from lfmq.formats.hashes import TrailingHashes
 from lfmq.formats.journal import Journal, Past, digest, digest_of
 from lfmq.quant.errors import PlanError
 from lfmq.quant.types import Weight
@@ -61,6 +62,8 @@ class BuildWriter:
         self._filler = Filler(self.part, layout, self.finished)
         self._digests: dict[tuple[str, ...], tuple[str, ...]] = {}
         self._kept = self._committed = False
+        self._hashes: TrailingHashes | None = None
+        self._found: dict[str, str] = {}
         self._pending = {p.sources[0] for file in layout.files for p in file.pieces}
         try:
             self._past = self._journal.read(self._depends)
@@ -97,6 +100,9 @@ class BuildWriter:
                 self._reopen(self._past)
             else:
                 self._create()
+            self._hashes = TrailingHashes(self.layout.files, self._files)
+            for names in self._digests:
+                self._follow(names)
         except OSError as error:
             self._leave()
             raise self._explain(error) from error
@@ -203,6 +209,11 @@ class BuildWriter:
         self._digests[names] = digests
         self._pending.difference_update(names)
         self._kept = True
+        self._follow(names)
+
+    def _follow(self, names: tuple[str, ...]) -> None:
+        assert self._hashes is not None
+        self._hashes.finished((path, p.offset) for path, p in self._filler.pieces(names))
 
     # ---- the end
 
@@ -215,8 +226,12 @@ class BuildWriter:
                 found.setdefault(path, []).append(place)
         return {path: sorted(places) for path, places in sorted(found.items())}
 
+    def hashes(self) -> dict[str, str]:
+        """sha256 of every file, by path, after :meth:`finish`."""
+        return self._found
+
     def finish(self) -> None:
-        """Have every byte on the disk, still under the temporary name.
+        """Have every byte on the disk, still under the temporary name, and every file hashed.
 
         Raises:
             PlanError: a piece was never written, or the file system refused.
@@ -224,7 +239,10 @@ class BuildWriter:
         if self._pending:
             missing = len(self._filler.pieces(self._pending))
             raise PlanError(f"{self.target}: {missing} pieces were never written")
+        assert self._hashes is not None
         try:
+            if self._files:  # not finished before
+                self._found = self._hashes.result()
             for descriptor in self._files.values():
                 if not os.fstat(descriptor).st_nlink:
                     raise FileNotFoundError(None, "removed while it was written")
@@ -269,6 +287,8 @@ class BuildWriter:
 
     def _leave(self, *, done: bool = False) -> None:
         """Let go of everything; what is written stays unless nothing is."""
+        if self._hashes is not None:
+            self._hashes.stop()
         with suppress(OSError):  # an error that led here is the one to show
             self._close()
         with suppress(OSError):

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+from lfmq.converter.checkpoint import Checkpoint
 from lfmq.converter.tensors import expected_tensors
 from lfmq.formats.build import Assets
 from lfmq.quant.types import (
@@ -232,3 +233,33 @@ def save_tensors(folder: Path, tensors: dict[str, NDArray[Any]], shards: int) ->
         save_file(part, folder / file)
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+class CountingCheckpoint(Checkpoint):
+    """Notes in ``reads`` every tensor that is read."""
+
+    reads: list[str] = []  # noqa: RUF012 - of the class that a test makes of it
+
+    def read(self, name: str) -> NDArray[np.float32]:
+        self.reads.append(name)
+        return super().read(name)
+
+    def read_rows(
+        self, name: str, start: int, stop: int, into: NDArray[np.uint8] | None = None
+    ) -> NDArray[Any]:
+        if start == 0:
+            self.reads.append(name)
+        return super().read_rows(name, start, stop, into)
+
+
+@pytest.fixture
+def count_reads() -> Callable[[Checkpoint], tuple[Checkpoint, list[str]]]:
+    """The checkpoint again, and the names that are read from it from now on."""
+
+    def make(checkpoint: Checkpoint) -> tuple[Checkpoint, list[str]]:
+        reads: list[str] = []
+        kind = type("Counting", (CountingCheckpoint,), {"reads": reads})
+        fields = (checkpoint.folder, checkpoint.geometry, checkpoint.assets, checkpoint.stored)
+        return kind(*fields), reads
+
+    return make

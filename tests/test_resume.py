@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -122,15 +123,8 @@ def test_killed_before_any_call_that_changes_a_file(make_checkpoint, tmp_path):
     assert all(point >= outcome["calls"] - 4 for point in outcome["named"])
 
 
-def test_finished_units_are_not_read_again(sample, expected, tmp_path):
-    reads: list[str] = []
-
-    class Counting(Checkpoint):
-        def read(self, name):
-            reads.append(name)
-            return super().read(name)
-
-    counting = Counting(sample.folder, sample.geometry, sample.assets, sample.stored)
+def test_finished_units_are_not_read_again(sample, count_reads, expected, tmp_path):
+    counting, reads = count_reads(sample)
     stopped(counting, tmp_path)
     first = set(reads)
     reads.clear()
@@ -257,7 +251,8 @@ def test_a_read_error_is_one_line_and_the_next_run_goes_on(make_checkpoint, tmp_
             raise OSError(5, "Input/output error")
         return read(*arguments)
 
-    monkeypatch.setattr(os, "preadv", fail)
+    failing = SimpleNamespace(**vars(os) | {"preadv": fail})
+    monkeypatch.setattr("lfmq.formats.safetensors_file.os", failing)
     with pytest.raises(CheckpointError, match=r"cannot be read \(Input/output error\)$"):
         run(open_checkpoint(folder), tmp_path / "out", threads=1)
     monkeypatch.undo()

@@ -43,21 +43,9 @@ def test_bytes_do_not_depend_on_threads_or_company(sample, tmp_path):
         assert alone.items() <= together.items()
 
 
-def test_a_tensor_is_read_once_for_all_formats(sample, tmp_path):
-    reads: list[str] = []
-
-    class Counting(Checkpoint):
-        def read(self, name):
-            reads.append(name)
-            return super().read(name)
-
-        def read_rows(self, name, start, stop, into=None):
-            if start == 0:
-                reads.append(name)
-            return super().read_rows(name, start, stop, into)
-
-    fields = (sample.folder, sample.geometry, sample.assets, sample.stored)
-    run(Counting(*fields), tmp_path)
+def test_a_tensor_is_read_once_for_all_formats(sample, count_reads, tmp_path):
+    counting, reads = count_reads(sample)
+    run(counting, tmp_path)
     assert sorted(reads) == sorted(sample.stored)
 
 
