@@ -1,4 +1,4 @@
-"""MLX's bit stream against its definition in Python's integers; mlx reads it in test_mlx_affine."""
+"""MLX's bit stream against its definition in Python's integers."""
 
 import numpy as np
 import pytest
