@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
@@ -99,7 +100,7 @@ def error_ratio(weights: list[NDArray[np.float32]], scheme: Scheme) -> float:
     import mlx.core as mx
 
     ours = theirs = 0.0
-    options = {"group_size": scheme.group, "bits": scheme.bits}
+    options: dict[str, Any] = {"group_size": scheme.group, "bits": scheme.bits}
     for w in weights:
         if w.shape[-1] % scheme.group == 0:
             found = np.array(mx.dequantize(*mx.quantize(mx.array(w), **options), **options))
