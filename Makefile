@@ -11,7 +11,7 @@ SHELL := /bin/bash
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install -qq -c constraints.txt
 DEMO := build/demo/lfm2moe-tiny-int4
-EXTRAS := test,llama-cpp,mlx,vllm-format,genai,ray
+EXTRAS := test,llama-cpp,mlx,vllm-format,genai,genai-builder,ray
 
 demo: .venv/.runtime
 	$(BIN)/lfmq inspect sample

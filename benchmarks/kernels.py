@@ -3,13 +3,18 @@
 Each runs on the three matrices of an expert of LFM2.5-8B-A1B (11 M weights). ``memory`` is the
 bandwidth of a plain copy on the same core, and ``share`` what a kernel uses of it, counting each
 byte it must read or write once: near 1 it is bound by memory, far below by arithmetic.
+
+With ``--error``, in place of that: the squared error of the affine grid's search on all weights of
+the sample, over that of ``mx.quantize`` with the same bits and groups.
 """
 
+import argparse
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,28 +25,45 @@ from rich.table import Table
 
 from lfmq.converter.checkpoint import Checkpoint, open_checkpoint
 from lfmq.converter.convert import plan_layouts
+from lfmq.converter.locate import sample_file
 from lfmq.converter.nearest import quantize_entry
 from lfmq.converter.plan import resolve_plan
 from lfmq.converter.recipe import load_recipe
+from lfmq.converter.tensors import expected_tensors
 from lfmq.formats.build import Piece
 from lfmq.formats.registry import FORMATS
 from lfmq.quant import gptq, rtn
-from lfmq.quant.types import Grid, Plan, Scheme, Weight
+from lfmq.quant.types import FLOAT_ROLES, Grid, Plan, Scheme, Weight, dequantize
 
 # Name, weights, bytes that must move for each, and what to run.
 Kernel = tuple[str, int, float, Callable[[], object]]
 REPEATS = 5
+MLX_BITS, MLX_GROUPS = (4, 5, 6, 8), (32, 64, 128)
 GRIDS: tuple[tuple[Grid, int], ...] = (
     ("symmetric", 4),
     ("symmetric", 8),
     ("affine", 4),
+    ("affine", 5),
+    ("affine", 6),
     ("asymmetric", 4),
 )
 
 
 def main() -> None:
     """Measure and print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--error", action="store_true", help="the affine search beside mlx's")
     torch.set_num_threads(1)
+    if parser.parse_args().error:
+        Console(width=100).print(error_table(open_checkpoint(sample_file())))
+    else:
+        Console(width=100).print(speed_table())
+
+
+def speed_table() -> Table:
+    """Weights a second of every kernel."""
     memory = copy_bandwidth()
     table = Table(
         title=f"one core: a plain copy moves {memory / 1e9:.1f} GB/s, products of float32 "
@@ -57,7 +79,35 @@ def main() -> None:
             share = weights * nbytes / seconds / memory
             rate = f"{weights / seconds / 1e6:,.0f}"
             table.add_row(name, rate, f"{nbytes:.2f}", f"{share:.3f}")
-    Console(width=100).print(table)
+    return table
+
+
+def error_table(checkpoint: Checkpoint) -> Table:
+    """Squared error over mlx's by bits and group."""
+    tensors = [t for t in expected_tensors(checkpoint.geometry) if t.role not in FLOAT_ROLES]
+    weights = [checkpoint.read(t.name) for t in tensors]
+    table = Table(title="squared error over mx.quantize's")
+    for column in ("bits", *(f"group {group}" for group in MLX_GROUPS)):
+        table.add_column(column, justify="right")
+    for bits in MLX_BITS:
+        ratios = (error_ratio(weights, Scheme(bits, g, "affine")) for g in MLX_GROUPS)
+        table.add_row(str(bits), *(f"{ratio:.3f}" for ratio in ratios))
+    return table
+
+
+def error_ratio(weights: list[NDArray[np.float32]], scheme: Scheme) -> float:
+    """Of the weights whose rows the group divides; mlx's scales and biases are float32."""
+    import mlx.core as mx
+
+    ours = theirs = 0.0
+    options: dict[str, Any] = {"group_size": scheme.group, "bits": scheme.bits}
+    for w in weights:
+        if w.shape[-1] % scheme.group == 0:
+            found = np.array(mx.dequantize(*mx.quantize(mx.array(w), **options), **options))
+            theirs += float(np.square(found - w).sum(dtype=np.float64))
+            found = dequantize(rtn.quantize(w, scheme))
+            ours += float(np.square(found - w).sum(dtype=np.float64))
+    return ours / theirs
 
 
 def copy_bandwidth() -> float:

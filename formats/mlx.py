@@ -26,17 +26,18 @@ from lfmq.formats.build import (
     text_file,
 )
 from lfmq.formats.card import Runtime, model_card
+from lfmq.formats.mlx_bits import pack_codes
 from lfmq.formats.mlx_names import module_path
 from lfmq.formats.mlx_reader import open_reader as open_reader
 from lfmq.formats.safetensors_layout import TensorLayout, shard_files
 from lfmq.quant.errors import UnsupportedError
-from lfmq.quant.types import FLOAT_ROLES, Entry, Plan, Quantized, Role, Scheme
+from lfmq.quant.types import FLOAT_ROLES, Entry, Grid, Plan, Quantized, Role, Scheme
 
 NAME = "mlx"
 SUFFIX = "-mlx"
 WIDTHS: WidthUnit = "stack"
-GRIDS = ("symmetric", "affine")
-BITS = (4, 8)
+# Bits of a code by grid.
+GRIDS: dict[Grid, tuple[int, ...]] = {"symmetric": (4, 8), "affine": (4, 5, 6, 8)}
 GROUPS = (32, 64, 128)
 
 # Activations take the dtype of norms and scales; the router's scores decide in float32.
@@ -94,15 +95,20 @@ def _check_entry(entry: Entry) -> None:
             f"{entry.name}: mlx holds the symmetric and the affine grid, the plan asks for "
             f'{scheme.grid!r}; set grid = "affine", or use onnx'
         )
-    if scheme.bits not in BITS:
+    if scheme.bits not in GRIDS[scheme.grid]:
         raise UnsupportedError(
-            f"{entry.name}: mlx holds codes of 4 or 8 bits, the plan asks for {scheme.bits}"
+            f"{entry.name}: mlx holds codes of {_numbers(GRIDS[scheme.grid])} bits on the "
+            f"{scheme.grid} grid, the plan asks for {scheme.bits}; set one of these"
         )
     if scheme.group not in GROUPS or entry.shape[-1] % scheme.group:
         raise UnsupportedError(
             f"{entry.name}: groups of {scheme.group} in rows of {entry.shape[-1]}; mlx takes "
             "groups of 32, 64 or 128 that divide the row"
         )
+
+
+def _numbers(bits: tuple[int, ...]) -> str:
+    return ", ".join(map(str, bits[:-1])) + f" or {bits[-1]}"
 
 
 def _check_stack(entries: tuple[Entry, ...]) -> None:
@@ -230,11 +236,7 @@ def _scheme_json(scheme: Scheme) -> dict[str, Any]:
 
 
 def _pack_codes(entry: Entry, q: Quantized) -> Bytes:
-    """Codes as a little-endian bit stream: of two 4-bit codes the first is the low half."""
-    if q.scheme.bits == 8:
-        return as_bytes(q.codes)
-    pairs = q.codes.reshape(-1, 2)
-    return np.bitwise_or(pairs[:, 0], np.left_shift(pairs[:, 1], np.uint8(4)))
+    return pack_codes(np.ascontiguousarray(q.codes), q.scheme.bits)
 
 
 def _pack_scales(entry: Entry, q: Quantized) -> Bytes:

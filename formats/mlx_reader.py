@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfmq.formats.hf_config import parse_geometry, read_config
+from lfmq.formats.mlx_bits import unpack_codes
 from lfmq.formats.mlx_names import module_path
 from lfmq.formats.safetensors_file import (
     FLOAT_DTYPES,
@@ -25,7 +26,7 @@ from lfmq.quant.errors import CheckpointError, ValidationError
 from lfmq.quant.types import Geometry
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\..*")
-_BITS = (4, 8)
+_BITS = (4, 5, 6, 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +102,7 @@ class MlxReader:
         codes = read_tensor(self._stored(f"{path}.weight", expert, words, "U32")).view(np.uint8)
         scale = read_floats(self._stored(f"{path}.scales", expert, groups, *FLOAT_DTYPES))
         bias = read_floats(self._stored(f"{path}.biases", expert, groups, *FLOAT_DTYPES))
-        if grid.bits == 4:
-            codes = np.stack((codes & 15, codes >> 4), axis=-1)
-        values = codes.reshape(*groups, grid.group).astype(np.float32)
+        values = unpack_codes(codes, grid.bits).reshape(*groups, grid.group).astype(np.float32)
         values *= scale[..., None]
         values += bias[..., None]
         return values.reshape(shape)
@@ -125,8 +124,8 @@ class MlxReader:
         said = {key: fields.get(key) for key in ("bits", "group_size", "mode")}
         raise ValidationError(
             f"{self._path / 'config.json'}: quantization of {path} is "
-            f"{str(said if fields else entry)[:100]}, expected 4 or 8 bits, mode affine, in "
-            f"groups that divide {columns}"
+            f"{str(said if fields else entry)[:100]}, expected 4, 5, 6 or 8 bits, mode "
+            f"affine, in groups that divide {columns}"
         )
 
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lfmq.formats import compressed_tensors, gguf, mlx
+from lfmq.formats import compressed_tensors, gguf, mlx, onnx
 from lfmq.formats.build import Assets
 from lfmq.formats.mlx_names import module_path
 from lfmq.formats.writer import BuildWriter
@@ -73,7 +73,7 @@ def write(path: Path, plan: Plan, assets: Assets, weight: RandomWeight) -> Path:
 
 
 @pytest.mark.parametrize("group", [32, 64, 128])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 5, 6, 8])
 def test_mlx_reads_and_computes_the_same_values(
     bits: int,
     group: int,
@@ -130,7 +130,7 @@ def test_golden_bytes_of_a_row() -> None:
 
 
 @given(
-    bits=st.sampled_from((4, 8)),
+    bits=st.sampled_from((4, 5, 6, 8)),
     group=st.sampled_from((32, 64, 128)),
     seed=st.integers(0, 2**32 - 1),
 )
@@ -150,17 +150,25 @@ def test_mlx_dequantizes_any_finite_grid_exactly(bits: int, group: int, seed: in
 
 
 @pytest.mark.parametrize(
-    ("container", "grid", "message"),
+    ("container", "bits", "grid", "message"),
     [
-        (gguf, "affine", r"no offset.*'affine'.*symmetric.*or use mlx"),
-        (gguf, "asymmetric", r"no offset.*'asymmetric'.*symmetric.*or use onnx"),
-        (compressed_tensors, "affine", "symmetric grid.*'affine'"),
-        (compressed_tensors, "asymmetric", "symmetric grid.*'asymmetric'"),
-        (mlx, "asymmetric", r"'asymmetric'.*affine.*or use onnx"),
+        (gguf, 4, "affine", r"no offset.*'affine'.*symmetric.*or use mlx"),
+        (gguf, 5, "affine", r"no offset.*'affine'.*symmetric.*or use mlx"),
+        (gguf, 4, "asymmetric", r"no offset.*'asymmetric'.*symmetric.*or use onnx"),
+        (gguf, 6, "symmetric", "gguf has no symmetric 6-bit block"),
+        (onnx, 5, "affine", r"'affine'.*asymmetric.*or use mlx"),
+        (onnx, 5, "asymmetric", r"4 or 8 bits.* asks for 5"),
+        (compressed_tensors, 4, "affine", "symmetric grid.*'affine'"),
+        (compressed_tensors, 6, "affine", "symmetric grid.*'affine'"),
+        (compressed_tensors, 4, "asymmetric", "symmetric grid.*'asymmetric'"),
+        (mlx, 4, "asymmetric", r"'asymmetric'.*affine.*or use onnx"),
+        (mlx, 5, "symmetric", "4 or 8 bits on the symmetric grid.* asks for 5"),
+        (mlx, 3, "affine", "4, 5, 6 or 8 bits on the affine grid.* asks for 3"),
     ],
 )
 def test_other_containers_refuse_the_grid(
     container: Any,
+    bits: int,
     grid: Grid,
     message: str,
     tiny_geometry: Geometry,
@@ -171,7 +179,7 @@ def test_other_containers_refuse_the_grid(
     assets = replace(tiny_assets, config=tiny_assets.config | vocabulary)
     name = "model.layers.0.conv.in_proj.weight"
     geometry = replace(tiny_geometry, **vocabulary)
-    plan = make_plan(geometry, overrides={name: Scheme(4, 32, grid)})
+    plan = make_plan(geometry, overrides={name: Scheme(bits, 32, grid)})
     with pytest.raises(UnsupportedError, match=f"{name}: .*{message}") as caught:
         container.check(plan, assets)
     assert "\n" not in str(caught.value)

@@ -59,6 +59,7 @@ EMBEDDING = "model.embed_tokens"
     [
         *(False, None, 4, "x", [], {}, {"bits": 4}, {"bits": [8]}),
         {"bits": 3, "group_size": 32},
+        {"bits": 7, "group_size": 32},
         {"bits": "8", "group_size": 32},
         {"bits": 8, "group_size": 0},
         {"bits": 8, "group_size": 48},
@@ -70,7 +71,7 @@ def test_a_config_that_cannot_be_is_one_clear_line(value: Any, build: Path) -> N
     config = json.loads((build / "config.json").read_text())
     config["quantization"][EMBEDDING] = value
     (build / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValidationError, match=f"{EMBEDDING} is .* expected 4 or 8 bits"):
+    with pytest.raises(ValidationError, match=f"{EMBEDDING} is .* expected 4, 5, 6 or 8 bits"):
         mlx.open_reader(build).read(f"{EMBEDDING}.weight")
 
 

@@ -18,6 +18,7 @@ from lfmq.quant.types import Grid, Quantized, Scheme, dequantize
 F32 = NDArray[np.float32]
 ZERO, ONE = np.float32(0), np.float32(1)
 GRIDS: tuple[Grid, ...] = ("affine", "asymmetric")
+CASES = tuple(SPANS)  # grids with their bits
 LARGEST = float(np.finfo(np.float16).max)
 
 
@@ -129,8 +130,7 @@ def assert_same(found: Quantized, expected: Quantized) -> None:
     np.testing.assert_array_equal(found.codes, expected.codes)
 
 
-@pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("grid", "bits"), CASES)
 @pytest.mark.parametrize("group", [32, 64, 128])
 @pytest.mark.parametrize("weighted", [False, True])
 @settings(max_examples=15, deadline=None)
@@ -151,8 +151,7 @@ def test_equals_definition(
     assert_same(quantize(w, scheme, importance), definition(w, scheme, importance))
 
 
-@pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("grid", "bits"), CASES)
 @given(
     w=arrays(
         np.float32, (3, 64), elements=st.floats(-65504, 65504, width=32, allow_subnormal=True)
@@ -178,7 +177,7 @@ def test_error_is_bounded_by_the_step(grid: Grid, bits: int, w: F32) -> None:
 
 
 @pytest.mark.parametrize("group", [32, 64, 128])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 5, 6, 8])
 def test_less_squared_error_than_mlx(bits: int, group: int, sample_folder: Path) -> None:
     """On the affine grid it is mlx's own format; the asymmetric one must still win."""
     mx = pytest.importorskip("mlx.core")
@@ -193,8 +192,9 @@ def test_less_squared_error_than_mlx(bits: int, group: int, sample_folder: Path)
         theirs = np.array(mx.dequantize(*packed, group_size=group, bits=bits))
         loss = np.square(theirs - w).sum()
         for grid, share in (("affine", 0.9), ("asymmetric", 0.98)):
-            ours = dequantize(quantize(w, Scheme(bits, group, grid)))  # type: ignore[arg-type]
-            assert np.square(ours - w).sum() < share * loss
+            if (grid, bits) in SPANS:
+                ours = dequantize(quantize(w, Scheme(bits, group, grid)))  # type: ignore[arg-type]
+                assert np.square(ours - w).sum() < share * loss
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -10,6 +10,7 @@ from lfmq.quant.types import Grid, Quantized, Scheme, dequantize
 
 GRIDS: tuple[Grid, ...] = ("affine", "asymmetric")
 SCHEMES = [Scheme(b, g, grid) for grid in GRIDS for b, g in ((4, 32), (4, 64), (8, 64))]
+SCHEMES += [Scheme(5, 32, "affine"), Scheme(6, 64, "affine")]
 
 
 @pytest.fixture(scope="module")
