@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from lfmq.formats.bits import pack_codes
 from lfmq.formats.build import (
     Assets,
     BuildLayout,
@@ -178,11 +179,7 @@ def _stored_as(entry: Entry) -> str:
 
 
 def _pack_codes(entry: Entry, q: Quantized) -> Bytes:
-    """Codes as a little-endian bit stream: of two 4-bit codes the first is the low half."""
-    if q.scheme.bits == 8:
-        return as_bytes(q.codes)
-    pairs = q.codes.reshape(-1, 2)
-    return np.bitwise_or(pairs[:, 0], np.left_shift(pairs[:, 1], np.uint8(4)))
+    return pack_codes(np.ascontiguousarray(q.codes), q.scheme.bits)
 
 
 def _pack_scale(entry: Entry, q: Quantized) -> Bytes:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lfmq.formats.bits import unpack_codes
 from lfmq.formats.compressed_tensors_config import METHOD, PACKED
 from lfmq.formats.hf_config import parse_geometry, read_config
 from lfmq.formats.safetensors_file import (
@@ -134,9 +135,7 @@ class CompressedTensorsReader:
                 f"{stated.path}: {name}_shape is {list(said)}, expected {list(shape)}; write the "
                 "build again"
             )
-        codes = read_tensor(packed).view(np.uint8)
-        if group.bits == 4:
-            codes = np.stack((codes & 15, codes >> 4), axis=-1)
+        codes = unpack_codes(read_tensor(packed).view(np.uint8), group.bits)
         values = codes.reshape(*groups, group.group).astype(np.float32)
         values -= np.float32(2 ** (group.bits - 1))
         values *= read_floats(scale)[..., None]

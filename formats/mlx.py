@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from lfmq.formats.bits import pack_codes
 from lfmq.formats.build import (
     Assets,
     BuildLayout,
@@ -26,7 +27,6 @@ from lfmq.formats.build import (
     text_file,
 )
 from lfmq.formats.card import Runtime, model_card
-from lfmq.formats.mlx_bits import pack_codes
 from lfmq.formats.mlx_names import module_path
 from lfmq.formats.mlx_reader import open_reader as open_reader
 from lfmq.formats.safetensors_layout import TensorLayout, shard_files

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lfmq.formats.bits import unpack_codes
 from lfmq.formats.hf_config import parse_geometry, read_config
-from lfmq.formats.mlx_bits import unpack_codes
 from lfmq.formats.mlx_names import module_path
 from lfmq.formats.safetensors_file import (
     FLOAT_DTYPES,

@@ -17,9 +17,9 @@ from lfmq.formats.onnx_tensors import (
     DataTensor,
     Part,
     float_dtype,
-    pack_codes,
     pack_float,
     pack_scale,
+    pack_weights,
     pack_zero,
     rotary_tables,
     zero_nbytes,
@@ -173,7 +173,7 @@ class GraphBuilder:
     ) -> list[str]:  # fmt: skip
         """Codes, scales and, where the grid has them, zero points; a part for each source."""
         parts: list[tuple[str, type[np.generic], tuple[int, ...], Callable[..., Bytes]]] = [
-            ("codes", np.uint8, codes, pack_codes),
+            ("codes", np.uint8, codes, pack_weights),
             ("scale", np.float32, groups, pack_scale),
         ]
         if scheme.grid == "asymmetric":

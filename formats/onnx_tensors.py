@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lfmq.formats.bits import pack_codes, unpack_codes
 from lfmq.formats.build import Bytes, as_bytes
 from lfmq.quant.errors import UnsupportedError
 from lfmq.quant.types import Entry, Quantized, Scheme
@@ -66,16 +67,16 @@ def float_dtype(entry: Entry) -> type[np.float32] | type[np.float16]:
     )
 
 
-def pack_codes(*weights: Quantized) -> Bytes:
+def pack_weights(*weights: Quantized) -> Bytes:
     """Codes of one weight, or of two with their rows taking turns; 4-bit: even element low."""
-    return _pack_bits(_interleave([w.codes for w in weights]), weights[0].scheme.bits)
+    return _pack_rows(_interleave([w.codes for w in weights]), weights[0].scheme.bits)
 
 
 def pack_zero(*weights: Quantized) -> Bytes:
     """Zero points of the asymmetric grid; of an odd number in 4 bits the last shares with 0."""
     zero = _interleave([np.asarray(w.offset, np.uint8) for w in weights])
     bits = weights[0].scheme.bits
-    return _pack_bits(np.pad(zero, ((0, 0), (0, -zero.shape[1] % (8 // bits)))), bits)
+    return _pack_rows(np.pad(zero, ((0, 0), (0, -zero.shape[1] % (8 // bits)))), bits)
 
 
 def zero_nbytes(groups: int, bits: int) -> int:
@@ -96,17 +97,12 @@ def pack_float(
     return as_bytes((values.T if transposed else values).astype(dtype))
 
 
-def _pack_bits(values: NDArray[np.uint8], bits: int) -> Bytes:
-    """Rows of 4-bit or 8-bit values, the first in the low bits."""
-    if bits == 4:
-        values = np.bitwise_or(values[:, 0::2], np.left_shift(values[:, 1::2], np.uint8(4)))
-    return as_bytes(values)
+def _pack_rows(values: NDArray[np.uint8], bits: int) -> Bytes:
+    return pack_codes(np.ascontiguousarray(values), bits)
 
 
-def _unpack_bits(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    if bits == 4:
-        packed = np.stack((packed & 15, packed >> 4), axis=-1).reshape(packed.shape[0], -1)
-    return packed
+def _unpack_rows(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    return unpack_codes(packed, bits).reshape(packed.shape[0], -1)
 
 
 def _interleave(rows: list[NDArray[Any]]) -> NDArray[Any]:
@@ -122,13 +118,13 @@ def unpack(
     scheme: Scheme,
     zero: NDArray[np.uint8] | None = None,
 ) -> NDArray[np.float32]:
-    """Weights [N, K] from what :func:`pack_codes`, :func:`pack_scale` and the like made."""
-    rows = _unpack_bits(packed.reshape(packed.shape[0], -1), scheme.bits)
+    """Weights [N, K] from what :func:`pack_weights`, :func:`pack_scale` and the like made."""
+    rows = _unpack_rows(packed.reshape(packed.shape[0], -1), scheme.bits)
     groups = rows.reshape(*scale.shape, scheme.group).astype(np.float32)
     if zero is None:
         groups -= np.float32(scheme.zero_point)
     else:
-        groups -= _unpack_bits(zero, scheme.bits)[:, : scale.shape[1], None]
+        groups -= _unpack_rows(zero, scheme.bits)[:, : scale.shape[1], None]
     values: NDArray[np.float32] = groups * scale[..., None]
     return values.reshape(rows.shape)
 

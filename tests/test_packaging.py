@@ -19,9 +19,11 @@ FOLDERS = ("benchmarks", "converter", "docs", "formats", "quant", "tests", "vali
 TEXT_SUFFIXES = {".jinja", ".md", ".py", ".toml", ".txt", ".yaml", ".yml"}
 NEUTRAL_FORMAT_MODULES = {
     "__init__",
+    "bits",
     "build",
     "card",
     "filler",
+    "hashes",
     "hf_config",
     "journal",
     "registry",

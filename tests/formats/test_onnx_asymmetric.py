@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from lfmq.formats import onnx as onnx_format
 from lfmq.formats.build import Assets
-from lfmq.formats.onnx_tensors import pack_codes, pack_scale, pack_zero, unpack, zero_nbytes
+from lfmq.formats.onnx_tensors import pack_scale, pack_weights, pack_zero, unpack, zero_nbytes
 from lfmq.formats.writer import BuildWriter
 from lfmq.quant.errors import UnsupportedError
 from lfmq.quant.types import Entry, Geometry, Plan, Quantized, Scheme, Weight, dequantize
@@ -205,7 +205,7 @@ def test_packing_is_lossless(bits: int, groups: int, seed: int) -> None:
     scale = pack_scale(q).view(np.float32).reshape(3, -1)
     packed = pack_zero(q).reshape(3, -1)
     assert packed.shape[1] == zero_nbytes(groups, bits)
-    values = unpack(pack_codes(q).reshape(3, -1), scale, scheme, packed)
+    values = unpack(pack_weights(q).reshape(3, -1), scale, scheme, packed)
     np.testing.assert_array_equal(values, dequantize(q))
 
 

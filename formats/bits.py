@@ -1,10 +1,12 @@
-"""Codes as MLX packs them: a little-endian bit stream, the first code in the lowest bits.
+"""Codes as a little-endian bit stream, the first in the lowest bits.
 
-Eight codes fill as many bytes as a code has bits, so that a row of whole groups of 32 fills whole
-words of 32 bits (``pack_and_quantize`` of ``mlx/backend/cpu/quantized.cpp``).
+So MLX, ONNX Runtime's MatMulNBits and compressed-tensors' pack-quantized hold them. Eight codes
+fill as many bytes as a code has bits: a row of whole groups of 32 fills whole words of 32 bits
+(``pack_and_quantize`` of ``mlx/backend/cpu/quantized.cpp``).
 """
 
 import numpy as np
+from numba import njit
 
 from lfmq.formats.build import Bytes
 
@@ -18,13 +20,20 @@ def pack_codes(codes: Bytes, bits: int) -> Bytes:
     if bits == 8:
         return codes.reshape(-1)
     if bits == 4:
-        pairs = codes.reshape(-1, 2)
-        return np.bitwise_or(pairs[:, 0], np.left_shift(pairs[:, 1], np.uint8(4)))
+        packed = np.empty(codes.size // 2, np.uint8)
+        _fill_pairs(codes.reshape(-1).view("<u2"), packed)
+        return packed
     words = codes.reshape(-1).view("<u8")
     for width in (8, 16, 32):
         low, high, gap = _fields(width, bits)
         words = (words & low) | ((words >> gap) & high)
     return words.view(np.uint8).reshape(-1, 8)[:, :bits].reshape(-1)
+
+
+@njit(nogil=True, cache=True)
+def _fill_pairs(pairs, packed):  # type: ignore[no-untyped-def] # pragma: no cover
+    for i in range(pairs.size):
+        packed[i] = np.uint8(pairs[i] | (pairs[i] >> np.uint16(4)))
 
 
 def unpack_codes(packed: Bytes, bits: int) -> Bytes:

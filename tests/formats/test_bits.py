@@ -1,11 +1,11 @@
-"""MLX's bit stream against its definition in Python's integers."""
+"""The bit stream against its definition in Python's integers."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lfmq.formats.mlx_bits import pack_codes, unpack_codes
+from lfmq.formats.bits import pack_codes, unpack_codes
 
 BITS = (4, 5, 6, 8)
 
