@@ -163,7 +163,7 @@ def gguf_token_bytes(path: Path, g: Geometry) -> int:
 def has_room(row: Row) -> bool:
     """Whether a run's memory is free; says so where it is not."""
     needed = MEMORY[row.format] * size_of(row.path) + ROOM_BYTES
-    free = psutil.virtual_memory().available
+    free: int = psutil.virtual_memory().available
     if needed > free:
         print(
             f"{row.name} in {row.format}: left out, needs about {needed:,.0f} bytes of memory, "
@@ -174,7 +174,7 @@ def has_room(row: Row) -> bool:
 
 def run(row: Row, options: argparse.Namespace) -> dict[str, float]:
     """Tokens per second of one run."""
-    command = [sys.executable, HERE / "decode_engines.py", row.path]
+    command: list[str | Path] = [sys.executable, HERE / "decode_engines.py", row.path]
     for name in ("prompt", "tokens", "threads"):
         command += [f"--{name}", str(getattr(options, name))]
     found = watch(command, {"OMP_NUM_THREADS": str(options.threads)})

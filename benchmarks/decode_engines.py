@@ -14,6 +14,7 @@ import ctypes
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -142,7 +143,11 @@ class Mlx:
         mx.eval(self._model(mx.array(ids[None, -1:]), cache=self._cache))
 
 
-ENGINES = {"gguf": LlamaCpp, "onnx": OnnxRuntime, "mlx": Mlx}
+ENGINES: dict[str, Callable[[Path, int, int], Engine]] = {
+    "gguf": LlamaCpp,
+    "onnx": OnnxRuntime,
+    "mlx": Mlx,
+}
 
 
 def measure(engine: Engine, prompt: Ids, tokens: Ids) -> tuple[float, float]:
