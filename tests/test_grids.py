@@ -21,10 +21,13 @@ from lfmq.converter.convert import convert, plan_builds
 from lfmq.converter.plan import resolve_plan
 from lfmq.converter.recipe import parse_recipe
 from lfmq.converter.text import load_windows
-from lfmq.formats.registry import FORMATS
+from lfmq.formats.registry import FORMATS, detect_format
 
+# The name begins with the format that holds the recipe.
 RECIPES = {
     "mlx": '[[rule]]\nbits = 4\ngroup = 64\ngrid = "affine"\n',
+    "mlx-5-6": '[[rule]]\nbits = 6\ngroup = 64\ngrid = "affine"\n'
+    '[[rule]]\nroles = ["experts"]\nbits = 5\ngroup = 32\ngrid = "affine"\n',
     "onnx": '[[rule]]\nbits = 4\ngrid = "asymmetric"\n'
     '[[rule]]\nroles = ["embedding"]\nbits = 8\ngrid = "asymmetric"\n',
 }
@@ -47,14 +50,15 @@ def builds(sample_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     )
     paths = {}
     for name, rules in RECIPES.items():
+        format = name.partition("-")[0]
         recipe = parse_recipe(rules, "grid", "a test")
         plan = resolve_plan(checkpoint.geometry, recipe)
         planned = plan_builds(checkpoint, plan, FORMATS)
-        assert [b.format for b in planned if b.refused is None] == [name]
+        assert [b.format for b in planned if b.refused is None] == [format]
         output = tmp_path_factory.mktemp(name)
         calibration = Calibration(windows)
         (done,) = convert(
-            checkpoint, recipe, plan, {name: FORMATS[name]}, output, calibration=calibration
+            checkpoint, recipe, plan, {format: FORMATS[format]}, output, calibration=calibration
         )
         assert all(c.error < c.error_nearest for c in calibration.experts if c.tokens)
         paths[name] = done.path
@@ -64,12 +68,12 @@ def builds(sample_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 @pytest.fixture
 def reference(
     sample_folder: Path, transformers_model: Callable[..., Any]
-) -> Callable[[str, Path], tuple[list[int], int, NDArray[np.float32]]]:
+) -> Callable[[Path], tuple[list[int], int, NDArray[np.float32]]]:
     """Greedy tokens over a prompt, the prompt's length, and the logits."""
 
-    def make(name: str, path: Path) -> tuple[list[int], int, NDArray[np.float32]]:
+    def make(path: Path) -> tuple[list[int], int, NDArray[np.float32]]:
         config = json.loads((sample_folder / "config.json").read_text())
-        model = transformers_model(config, FORMATS[name].open_reader(path).read)
+        model = transformers_model(config, FORMATS[detect_format(path)].open_reader(path).read)
         tokenizer = Tokenizer.from_file(str(sample_folder / "tokenizer.json"))
         text = f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
         prompt = [1, *tokenizer.encode(text, add_special_tokens=False).ids]
@@ -87,11 +91,12 @@ def reference(
     return make
 
 
-def test_mlx_lm(builds: dict[str, Path], reference: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("name", ["mlx", "mlx-5-6"])
+def test_mlx_lm(name: str, builds: dict[str, Path], reference: Callable[..., Any]) -> None:
     mx = pytest.importorskip("mlx.core")
     utils = pytest.importorskip("mlx_lm.utils")
-    tokens, start, expected = reference("mlx", builds["mlx"])
-    model, config = utils.load_model(builds["mlx"])
+    tokens, start, expected = reference(builds[name])
+    model, config = utils.load_model(builds[name])
     assert config["quantization"]["group_size"] == 64
     found = np.array(model(mx.array([tokens]))[0].astype(mx.float32))
     assert found[start - 1 : -1].argmax(-1).tolist() == tokens[start:]
@@ -103,7 +108,7 @@ def test_mlx_lm(builds: dict[str, Path], reference: Callable[..., Any]) -> None:
 
 def test_onnxruntime(builds: dict[str, Path], reference: Callable[..., Any]) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
-    tokens, start, expected = reference("onnx", builds["onnx"])
+    tokens, start, expected = reference(builds["onnx"])
     session = onnxruntime.InferenceSession(str(builds["onnx"] / "model.onnx"))
     sizes = {"batch_size": 1, "past_sequence_length": 0}
     feed: dict[str, NDArray[Any]] = {
@@ -120,7 +125,7 @@ def test_onnxruntime(builds: dict[str, Path], reference: Callable[..., Any]) -> 
 
 def test_onnxruntime_genai(builds: dict[str, Path], reference: Callable[..., Any]) -> None:
     genai = pytest.importorskip("onnxruntime_genai")
-    tokens, start, _ = reference("onnx", builds["onnx"])
+    tokens, start, _ = reference(builds["onnx"])
     params = genai.GeneratorParams(model := genai.Model(str(builds["onnx"])))
     params.set_search_options(do_sample=False, max_length=start + NEW_TOKENS)
     generator = genai.Generator(model, params)
