@@ -10,10 +10,14 @@ With ``--llama-bin``, the folder of ``llama-quantize``, llama.cpp's own types ar
 a bfloat16 GGUF. Every run is a process of its own (``decode_engines.py``); builds take turns for
 some rounds, medians and the range are shown. A build that memory will not do for is left out, with
 a line. Without ``--checkpoint`` one of the full size is made first (17 GB).
+
+It wants a machine with nothing else to do: runtimes' threads wait for each other by spinning, and
+one that has lost its core holds up all. The load before the first run is shown.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -67,6 +71,7 @@ def main() -> None:
             make(options.checkpoint)
         rows = [row for row in make_rows(options) if has_room(row)]
         found: dict[Row, list[dict[str, float]]] = {row: [] for row in rows}
+        print(f"load of the last minute: {os.getloadavg()[0]:.1f}")
         for _ in range(options.rounds):
             for row in rows:
                 figures = run(row, options)
