@@ -1,8 +1,8 @@
 """The search for the scales of a superblock, sixteen rows as vectors (``lfmq.quant.vector``).
 
 K-quants store a float16 scale d (and offset dmin) for 256 weights of a row and a small code of
-both for each sub-block g: ``w = d step[g] q - dmin shift[g]`` for 4 and 5 bits, ``w = d step[g] q``
-with signed q for 6 (``block_q4_K``, ``block_q5_K`` and ``block_q6_K`` of ggml). For weights x with
+both for each sub-block g: ``w = d step[g] q - dmin shift[g]`` for 4 and 5 bits, with signed q for 6
+``w = d step[g] q`` (``block_q4_K``, ``block_q5_K`` and ``block_q6_K`` of ggml). For weights x with
 importance h, the sum of ``h (x - w)^2`` is lowered in three steps:
 
 1. Each sub-block's real scale and offset, by least squares over candidates: how many levels its
@@ -62,7 +62,7 @@ MOVES = {
 TARGETS = np.array([29.0, 29.75, 30.5, 31.25, 32.0, 32.75], np.float32)
 
 STEPS = 16  # sub-blocks at most
-WORK = 6 * STEPS + 2  # rows of lanes that a search needs
+WORK = 6 * STEPS + 4  # rows of lanes that a search needs
 
 
 @njit(nogil=True, cache=True, error_model="numpy", inline="always")
@@ -91,10 +91,11 @@ def _search_shifted(x, h, top, spans, moves, scale, step, shift, work):  # type:
     zero = splat(ZERO)
     s, m, sums = work[:STEPS], work[STEPS : 2 * STEPS], work[2 * STEPS : 4 * STEPS]
     steps, shifts = work[4 * STEPS : 5 * STEPS], work[5 * STEPS : 6 * STEPS]
-    pair = work[6 * STEPS :]
+    pair, extent = work[6 * STEPS : 6 * STEPS + 2], work[6 * STEPS + 2 :]
     bad, widest, deepest = zero, zero, zero
     for g in range(8):
-        bad = most(bad, _fit_shifted(x, h, g, top, spans, moves, s, m, sums))
+        bad = most(bad, _survey(x, h, g, sums, extent))
+        _fit_shifted(x, h, g, top, spans, moves, s, m, sums, extent)
         widest = most(widest, load(s, g))
         deepest = most(deepest, load(m, g))
     store(pair, 0, half(widest / splat(TOP_CODE)))
@@ -114,10 +115,10 @@ def _search_shifted(x, h, top, spans, moves, scale, step, shift, work):  # type:
 
 
 @njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _fit_shifted(x, h, g, top, spans, moves, s, m, sums):  # type: ignore[no-untyped-def] # pragma: no cover
-    """Scale and offset of sub-block g by least squares, x = s q - m; above 0 for unfit weights.
+def _survey(x, h, g, sums, extent):  # type: ignore[no-untyped-def] # pragma: no cover
+    """Sum h x and 1 / sum h of sub-block g, middle and width of its range with 0.
 
-    Fills in its row of ``s`` and ``m``, and of ``sums`` both sum h x and 1 / sum h.
+    Returns a vector above 0 for weights that float16 lacks.
     """
     zero, one, start = splat(ZERO), splat(ONE), 32 * g
     low, high, bad, sx, total = zero, load(x, start), zero, zero, ZERO
@@ -128,12 +129,20 @@ def _fit_shifted(x, h, g, top, spans, moves, s, m, sums):  # type: ignore[no-unt
         bad = most(bad, where_within(absolute(value), splat(LARGEST), zero, one))
         sx = sx + splat(h[j]) * value
         total = total + h[j]
-    share = ratio(one, splat(total))
-    store(sums, 2 * g, sx)
-    store(sums, 2 * g + 1, share)
     width = high - low
-    width = where_above(splat(FLAT), width, zero, width)
-    middle = low + (high - low) * splat(np.float32(0.5))
+    store(sums, 2 * g, sx)
+    store(sums, 2 * g + 1, ratio(one, splat(total)))
+    store(extent, 0, low + width * splat(np.float32(0.5)))
+    store(extent, 1, where_above(splat(FLAT), width, zero, width))
+    return bad
+
+
+@njit(nogil=True, cache=True, error_model="numpy", inline="always")
+def _fit_shifted(x, h, g, top, spans, moves, s, m, sums, extent):  # type: ignore[no-untyped-def] # pragma: no cover
+    """Scale and offset of sub-block g by least squares, x = s q - m, as its row of s and m."""
+    zero, one, start = splat(ZERO), splat(ONE), 32 * g
+    sx, share = load(sums, 2 * g), load(sums, 2 * g + 1)
+    middle, width = load(extent, 0), load(extent, 1)
     best, scale, offset = splat(-FAR), zero, zero
     trials = spans.size * moves.size
     for trial in range(trials + 1):
@@ -165,7 +174,6 @@ def _fit_shifted(x, h, g, top, spans, moves, s, m, sums):  # type: ignore[no-unt
         best = where_above(gain, best, gain, best)
     store(s, g, scale)
     store(m, g, offset)
-    return bad
 
 
 @njit(nogil=True, cache=True, error_model="numpy", inline="always")
