@@ -1,9 +1,9 @@
 """The search for the scales of a superblock, sixteen rows as vectors (``lfmq.quant.vector``).
 
-K-quants store a float16 scale d (and offset dmin) for 256 weights of a row and a small code of
-both for each sub-block g: ``w = d step[g] q - dmin shift[g]`` for 4 and 5 bits, with signed q for 6
-``w = d step[g] q`` (``block_q4_K``, ``block_q5_K`` and ``block_q6_K`` of ggml). For weights x with
-importance h, the sum of ``h (x - w)^2`` is lowered in three steps:
+K-quants store a float16 scale d (and offset dmin) for 256 weights of a row, and a small code of
+both for each sub-block g: ``w = d step[g] q - dmin shift[g]`` for 4 and 5 bits, and for 6 bits,
+where q has a sign, ``w = d step[g] q`` (``block_q4_K``, ``block_q5_K`` and ``block_q6_K`` of
+ggml). For weights x with importance h, the sum of ``h (x - w)^2`` is lowered in three steps:
 
 1. Each sub-block's real scale and offset, by least squares over candidates: how many levels its
    range spans and where they lie, or the level of its largest weight. Offsets only lower weights,
@@ -41,7 +41,7 @@ from lfmq.quant.vector import (
 ZERO, ONE = np.float32(0), np.float32(1)
 LARGEST = np.float32(65504)  # largest float16
 FAR = np.float32(3e38)
-# A range below 2^-25 has steps that float16 rounds to 0, whatever the candidate.
+# A range up to 2^-25 is nothing under float16's smallest scale, whatever the candidate.
 FLAT = np.float32(2.0**-25)
 # Share of sum h q q below which codes are all the same but for rounding.
 SAME = np.float32(2.0**-16)
@@ -277,6 +277,7 @@ def _fit_signed(x, h, g, top, targets, s):  # type: ignore[no-untyped-def] # pra
         value = load(x, j)
         peak = where_above(absolute(value), absolute(peak), value, peak)
         bad = most(bad, where_within(absolute(value), splat(LARGEST), zero, one))
+    peak = where_above(absolute(peak), splat(FLAT), peak, zero)
     best, scale = splat(-FAR), zero
     for trial in range(targets.size + 1):
         if trial < targets.size:
