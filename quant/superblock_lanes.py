@@ -49,8 +49,8 @@ TOP_CODE = np.float32(63)  # of steps and shifts, six bits
 LOWEST, HIGHEST = np.float32(-128), np.float32(127)  # steps of 6-bit weights, signed bytes
 ROUNDS = 2  # of step 2, with step 3 between them
 
-# By bits: how many levels the range of a sub-block spans, and where they lie beside its middle. A
-# search of 300 candidates lowers the squared error by 0.3 % more, of trained and of random weights.
+# By bits: how many levels the range of a sub-block spans, and where they lie beside its middle.
+# Many more candidates lower the squared error by about 1 %: a test holds them against these.
 SPANS = {
     4: np.arange(13.5, 20.5, 0.75, dtype=np.float32),
     5: np.arange(28.5, 37.0, 1.0, dtype=np.float32),
@@ -59,8 +59,7 @@ MOVES = {
     4: np.array([-0.36, -0.12, 0.12, 0.36], np.float32),
     5: np.array([-0.375, -0.125, 0.125, 0.375], np.float32),
 }
-# Levels tried for the largest weight of a sub-block of 6-bit weights; 70 of them lower the error
-# by 1 % more.
+# Levels tried for the largest weight of a sub-block of 6-bit weights.
 TARGETS = np.arange(28, 33.1, 0.3125, dtype=np.float32)
 
 STEPS = 16  # sub-blocks at most

@@ -324,6 +324,25 @@ def test_without_steps_there_are_no_weights(scheme: Scheme) -> None:
         dequantize(Quantized(q.codes, q.scale, scheme))
 
 
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_many_more_candidates_win_little(
+    scheme: Scheme, sample_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w = open_checkpoint(sample_folder).read("model.embed_tokens.weight")[:512]
+    w = np.concatenate((w, np.random.default_rng(8).standard_normal(w.shape) * 0.02)).astype("f")
+
+    def error() -> float:
+        return float(np.square(dequantize(quantize(w, scheme)) - w, dtype=np.float64).sum())
+
+    found, top = error(), scheme.highest_code
+    dense = np.arange(top - 3, top + 7, 0.25, dtype=np.float32)
+    monkeypatch.setitem(SPANS, scheme.bits, dense)
+    monkeypatch.setitem(MOVES, scheme.bits, np.arange(-0.45, 0.5, 0.1, dtype=np.float32))
+    targets = np.arange(26, 35, 0.125, dtype=np.float32)
+    monkeypatch.setattr("lfmq.quant.superblock_rtn.TARGETS", targets)
+    assert 0.985 * found < error() < found
+
+
 def ggml_round_trip(library: ctypes.CDLL, w: F32, kind: GGMLQuantizationType) -> F32:
     """A weight [N, K] quantized by ggml without importance and dequantized by gguf-py."""
     packed = np.empty(quant_shape_to_byte_shape(w.shape, kind), np.uint8)
