@@ -34,7 +34,7 @@ def quantize(
     h = np.ones(shape[-1], np.float32) if importance is None else importance
     h = h.astype(np.float32, copy=False)
     if w.dtype == ml_dtypes.bfloat16 and scheme.grid in ("symmetric", "superblock"):
-        rows = np.ascontiguousarray(w).view(np.uint16).reshape(-1, shape[-1])
+        rows: NDArray[Any] = np.ascontiguousarray(w).view(np.uint16).reshape(-1, shape[-1])
     else:
         rows = np.ascontiguousarray(widened(w)).reshape(-1, shape[-1])
     if scheme.grid == "symmetric":

@@ -152,7 +152,7 @@ def _fit_shifted(x, h, g, top, spans, moves, s, m, sums, extent):  # type: ignor
             centre = top * np.float32(0.5) - moves[trial % moves.size]
             base = splat(centre) - middle * inverse
         else:
-            inverse = ratio(one, scale)
+            inverse = ratio(one, where_above(scale, splat(FLAT), scale, zero))
             base = offset * inverse
         q1, q2, qx = zero, zero, zero
         for j in range(start, start + 32):
