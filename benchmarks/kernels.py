@@ -31,21 +31,22 @@ from lfmq.converter.plan import resolve_plan
 from lfmq.converter.recipe import load_recipe
 from lfmq.converter.tensors import expected_tensors
 from lfmq.formats.build import Piece
+from lfmq.formats.gguf_blocks import PACKERS, QUANT_TYPES
 from lfmq.formats.registry import FORMATS
 from lfmq.quant import gptq, rtn
-from lfmq.quant.types import FLOAT_ROLES, Grid, Plan, Scheme, Weight, dequantize
+from lfmq.quant.types import FLOAT_ROLES, Plan, Scheme, Weight, dequantize
 
 # Name, weights, bytes that must move for each, and what to run.
 Kernel = tuple[str, int, float, Callable[[], object]]
 REPEATS = 5
 MLX_BITS, MLX_GROUPS = (4, 5, 6, 8), (32, 64, 128)
-GRIDS: tuple[tuple[Grid, int], ...] = (
-    ("symmetric", 4),
-    ("symmetric", 8),
-    ("affine", 4),
-    ("affine", 5),
-    ("affine", 6),
-    ("asymmetric", 4),
+K_QUANTS = tuple(Scheme(bits, group, "superblock") for bits, group in ((4, 32), (5, 32), (6, 16)))
+SCHEMES = (
+    Scheme(4),
+    Scheme(8),
+    *(Scheme(bits, 32, "affine") for bits in (4, 5, 6)),
+    Scheme(4, 32, "asymmetric"),
+    *K_QUANTS,
 )
 
 
@@ -142,8 +143,7 @@ def kernels(checkpoint: Checkpoint) -> list[Kernel]:
     rows: list[Kernel] = [
         ("read and widen bfloat16", weights, 6.0, lambda: [checkpoint.read(n) for n in names]),
     ]
-    for grid, bits in GRIDS:
-        scheme = Scheme(bits, 32, grid)
+    for scheme in SCHEMES:
         run = partial(round_all, list(values.values()), scheme)
         run()  # compiles
         rows.append((f"round to nearest, {scheme}", weights, 5.06, run))
@@ -156,7 +156,7 @@ def kernels(checkpoint: Checkpoint) -> list[Kernel]:
         again = partial(gptq.quantize, w, moments, Scheme(4), sweeps=sweeps)
         rows.append((name, w.size, 5.06, again))
     found = {e.name: quantize_entry(checkpoint, e) for e in unit}
-    return rows + packers(checkpoint, plan, found, weights)
+    return rows + packers(checkpoint, plan, found, weights) + block_packers(w)
 
 
 def packers(
@@ -168,6 +168,17 @@ def packers(
         pieces = [p for f in layout.files for p in f.pieces if p.sources[0] in found]
         nbytes = 1.06 + sum(p.nbytes for p in pieces) / weights
         rows.append((f"pack for {name}", weights, nbytes, partial(pack_all, pieces, found)))
+    return rows
+
+
+def block_packers(w: NDArray[np.float32]) -> list[Kernel]:
+    """GGUF's packing of K-quants."""
+    rows: list[Kernel] = []
+    for scheme in K_QUANTS:
+        q = rtn.quantize(w, scheme)
+        pack = partial(PACKERS[QUANT_TYPES[scheme.grid, scheme.bits]], q)
+        nbytes = (sum(a.nbytes for a in q.arrays()) + len(pack())) / w.size
+        rows.append((f"pack {scheme} for gguf", w.size, nbytes, pack))
     return rows
 
 

@@ -36,6 +36,7 @@ from lfmq.quant.types import (
     Plan,
     Quantized,
     Role,
+    Scheme,
     Weight,
     dequantize,
 )
@@ -164,8 +165,17 @@ def plan_bits(plan: Plan) -> float:
     bits = 0.0
     for e in plan.entries:
         scheme = e.scheme
-        bits += e.size * (32 if scheme is None else scheme.bits + 16 / scheme.group)
+        bits += e.size * (32 if scheme is None else scheme.bits + scale_bits(scheme))
     return bits / sum(e.size for e in plan.entries)
+
+
+def scale_bits(scheme: Scheme) -> float:
+    """Bits a weight of scales, without the offsets of MLX and ONNX."""
+    if scheme.grid != "superblock":
+        return 16 / scheme.group
+    if scheme.has_offset:  # two codes of six bits
+        return 2 * (16 / scheme.span + 6 / scheme.group)
+    return 16 / scheme.span + 8 / scheme.group
 
 
 def k_m(g: Geometry, base: Q) -> Callable[[Tensor], Q]:

@@ -36,10 +36,13 @@ def _storage(tensor: Tensor, recipe: Recipe) -> Storage:
 
 
 def _entry(t: Tensor, storage: Storage) -> Entry:
-    if isinstance(storage, Scheme) and t.shape[-1] % storage.group:
+    if isinstance(storage, Scheme) and t.shape[-1] % storage.span:
+        remedy = "use a smaller group or a float type"
+        if storage.grid == "superblock":
+            remedy = 'set grid = "symmetric" with bits = 8 (Q8_0) for it'
         raise PlanError(
             f"{t.name}: rows of {t.shape[-1]} weights do not divide into groups of "
-            f"{storage.group}; use a smaller group or a float type"
+            f"{storage.span}; {remedy}"
         )
     return Entry(t.name, t.shape, t.role, t.layer, t.expert, storage)
 

@@ -1,6 +1,7 @@
 """GGUF for llama.cpp, architecture ``lfm2moe``.
 
-Names and metadata are what llama.cpp's loader for ``lfm2moe`` requires; docs/gguf.md lists both.
+Names and metadata are what llama.cpp's loader for ``lfm2moe`` requires, blocks of weights those of
+``lfmq.formats.gguf_blocks``; docs/gguf.md lists both.
 """
 
 import math
@@ -15,12 +16,12 @@ from gguf.quants import quant_shape_to_byte_shape
 from numpy.typing import NDArray
 
 from lfmq.formats.build import Assets, BuildLayout, Bytes, FileLayout, Piece, WidthUnit, as_bytes
-from lfmq.formats.gguf_blocks import BLOCK, pack_q4_0, pack_q8_0
+from lfmq.formats.gguf_blocks import BLOCK, PACKERS, QUANT_TYPES
 from lfmq.formats.gguf_metadata import TensorHeader, header_bytes, tokenizer_vocabulary
 from lfmq.formats.gguf_names import split_expert, tensor_name
 from lfmq.formats.gguf_reader import open_reader as open_reader
 from lfmq.quant.errors import UnsupportedError
-from lfmq.quant.types import Entry, Plan, Role, Scheme, Storage
+from lfmq.quant.types import SUPERBLOCK, Entry, Plan, Role, Scheme, Storage
 
 NAME = "gguf"
 SUFFIX = ".gguf"
@@ -32,7 +33,6 @@ _FLOAT_TYPES = {
     "float16": GGMLQuantizationType.F16,
     "bfloat16": GGMLQuantizationType.BF16,
 }
-_QUANT_TYPES = {4: GGMLQuantizationType.Q4_0, 8: GGMLQuantizationType.Q8_0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +92,11 @@ def _check_entry(entry: Entry) -> None:
     scheme = entry.scheme
     if scheme is None:
         return
+    if scheme.grid == "superblock":
+        _check_superblocks(entry, scheme)
+        return
     if scheme.grid != "symmetric":
-        other = {"affine": "mlx", "asymmetric": "onnx"}.get(scheme.grid, "another format")
+        other = "mlx" if scheme.grid == "affine" else "onnx"
         raise UnsupportedError(
             f"{entry.name}: GGUF's Q4_0 and Q8_0 blocks have a scale and no offset, the plan asks "
             f'for the grid {scheme.grid!r}; set grid = "symmetric", or use {other}'
@@ -103,8 +106,21 @@ def _check_entry(entry: Entry) -> None:
             f"{entry.name}: GGUF blocks hold {BLOCK} weights, the plan asks for groups of "
             f"{scheme.group}; set group = {BLOCK} or use mlx, onnx or compressed-tensors"
         )
-    if scheme.bits not in _QUANT_TYPES:
+    if (scheme.grid, scheme.bits) not in QUANT_TYPES:
         raise UnsupportedError(f"{entry.name}: gguf has no symmetric {scheme.bits}-bit block")
+
+
+def _check_superblocks(entry: Entry, scheme: Scheme) -> None:
+    if (scheme.grid, scheme.bits) not in QUANT_TYPES:
+        raise UnsupportedError(
+            f"{entry.name}: gguf is written with K-quants of 4, 5 and 6 bits, the plan asks for "
+            f"{scheme.bits}; set one of these"
+        )
+    if entry.shape[-1] % SUPERBLOCK:
+        raise UnsupportedError(
+            f"{entry.name}: rows of {entry.shape[-1]} weights, K-quants hold blocks of "
+            f'{SUPERBLOCK}; set grid = "symmetric" with bits = 8 (Q8_0) for it'
+        )
 
 
 def _stacks(plan: Plan) -> Iterator[_Stack]:
@@ -128,7 +144,7 @@ def _stacks(plan: Plan) -> Iterator[_Stack]:
 def _tensor_type(entry: Entry) -> GGMLQuantizationType:
     storage: Storage = entry.storage
     if isinstance(storage, Scheme):
-        return _QUANT_TYPES[storage.bits]
+        return QUANT_TYPES[storage.grid, storage.bits]
     return _FLOAT_TYPES[storage]
 
 
@@ -167,10 +183,9 @@ def _stack_pieces(stack: _Stack, offset: int) -> Iterator[Piece]:
 
 
 def _packer(entry: Entry) -> "partial[Bytes]":
-    storage = entry.storage
-    if isinstance(storage, Scheme):
-        return partial(pack_q4_0 if storage.bits == 4 else pack_q8_0)
-    return partial(_pack_float, dtype=storage)
+    if isinstance(entry.storage, Scheme):
+        return partial(PACKERS[_tensor_type(entry)])
+    return partial(_pack_float, dtype=entry.storage)
 
 
 def _file_type(stacks: list[_Stack]) -> GGMLQuantizationType:

@@ -91,9 +91,10 @@ def _check_entry(entry: Entry) -> None:
     if entry.role in FLOAT_ROLES:
         raise UnsupportedError(f"{entry.name}: {scheme} asked for, mlx keeps it as floats")
     if scheme.grid not in GRIDS:
+        other = "gguf" if scheme.grid == "superblock" else "onnx"
         raise UnsupportedError(
             f"{entry.name}: mlx holds the symmetric and the affine grid, the plan asks for "
-            f'{scheme.grid!r}; set grid = "affine", or use onnx'
+            f'{scheme.grid!r}; set grid = "affine", or use {other}'
         )
     if scheme.bits not in GRIDS[scheme.grid]:
         raise UnsupportedError(

@@ -84,9 +84,10 @@ def _check_entry(entry: Entry) -> None:
     if entry.role in FLOAT_ROLES:
         raise UnsupportedError(f"{entry.name}: {scheme} asked for, onnx keeps it as floats")
     if scheme.grid not in GRIDS:
+        other = "gguf" if scheme.grid == "superblock" else "mlx"
         raise UnsupportedError(
             f"{entry.name}: onnx holds the symmetric and the asymmetric grid, the plan asks for "
-            f'{scheme.grid!r}; set grid = "asymmetric", or use mlx'
+            f'{scheme.grid!r}; set grid = "asymmetric", or use {other}'
         )
     if scheme.bits not in BITS:
         raise UnsupportedError(

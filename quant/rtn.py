@@ -2,7 +2,7 @@
 
 Bit-exact by construction: every sum runs over a group in order in float32, one row a SIMD lane,
 without fused multiply-add; the tests hold plain definitions. Each grid has its own search
-(``lfmq.quant.symmetric_lanes``, ``offset_lanes``).
+(``lfmq.quant.symmetric_lanes``, ``offset_lanes``, ``superblock_lanes``).
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from lfmq.quant import offset_rtn, symmetric_rtn
+from lfmq.quant import offset_rtn, superblock_rtn, symmetric_rtn
 from lfmq.quant.types import Quantized, Scheme, widened
 
 
@@ -21,7 +21,7 @@ def quantize(
     """Quantize a weight of shape [..., N, K].
 
     Args:
-        w: the weight, float32, float16 or bfloat16; K is a multiple of the scheme's group.
+        w: the weight, float32, float16 or bfloat16; K is a multiple of the scheme's span.
         scheme: its grid.
         importance: weight of each input's squared error, shape [K]; all one when None.
 
@@ -29,16 +29,19 @@ def quantize(
         ValueError: ``w`` holds a NaN, an Inf or a value beyond float16.
     """
     shape = w.shape
-    if shape[-1] % scheme.group:
-        raise ValueError(f"rows of {shape[-1]} do not divide into groups of {scheme.group}")
+    if shape[-1] % scheme.span:
+        raise ValueError(f"rows of {shape[-1]} do not divide into groups of {scheme.span}")
     h = np.ones(shape[-1], np.float32) if importance is None else importance
     h = h.astype(np.float32, copy=False)
-    if w.dtype == ml_dtypes.bfloat16 and scheme.grid == "symmetric":
-        bits = np.ascontiguousarray(w).view(np.uint16).reshape(-1, shape[-1])
-        return _reshape(symmetric_rtn.quantize_rows(bits, h, scheme), shape)
-    rows = np.ascontiguousarray(widened(w)).reshape(-1, shape[-1])
-    grid = symmetric_rtn if scheme.grid == "symmetric" else offset_rtn
-    return _reshape(grid.quantize_rows(rows, h, scheme), shape)
+    if w.dtype == ml_dtypes.bfloat16 and scheme.grid in ("symmetric", "superblock"):
+        rows: NDArray[Any] = np.ascontiguousarray(w).view(np.uint16).reshape(-1, shape[-1])
+    else:
+        rows = np.ascontiguousarray(widened(w)).reshape(-1, shape[-1])
+    if scheme.grid == "symmetric":
+        return _reshape(symmetric_rtn.quantize_rows(rows, h, scheme), shape)
+    if scheme.grid == "superblock":
+        return _reshape(superblock_rtn.quantize_rows(rows, h, scheme), shape)
+    return _reshape(offset_rtn.quantize_rows(rows, h, scheme), shape)
 
 
 def _reshape(q: Quantized, shape: tuple[int, ...]) -> Quantized:

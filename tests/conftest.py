@@ -1,5 +1,7 @@
 """Fixtures: a tiny random LFM2-MoE for structure, the trained sample for quality."""
 
+import ctypes
+import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -40,6 +42,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def sample_folder() -> Path:
     """The trained sample checkpoint."""
     return ROOT / "samples" / "lfm2moe-tiny"
+
+
+@pytest.fixture(scope="session")
+def ggml() -> ctypes.CDLL:
+    """ggml's own library, from libggml-python."""
+    spec = importlib.util.find_spec("libggml")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("libggml-python is not installed")
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    return ctypes.CDLL(str(next(folder.rglob("libggml-base.so"))))
 
 
 @pytest.fixture(scope="session")

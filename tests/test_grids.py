@@ -1,4 +1,4 @@
-"""The sample on the affine and the asymmetric grid, calibrated, in the programs they are for.
+"""The sample on each grid of one format, in the programs they are for.
 
 As in tests/test_runtimes.py the reference is transformers in float32 with the build's own weights,
 and each runtime is fed the reference's greedy continuation.
@@ -12,16 +12,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gguf import GGUFReader
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from lfmq.converter.calibration import Calibration
 from lfmq.converter.checkpoint import open_checkpoint
 from lfmq.converter.convert import convert, plan_builds
+from lfmq.converter.nearest import quantize_entry
 from lfmq.converter.plan import resolve_plan
 from lfmq.converter.recipe import parse_recipe
 from lfmq.converter.text import load_windows
 from lfmq.formats.registry import FORMATS, detect_format
+from lfmq.quant.types import Quantized, dequantize
+from lfmq.validation.engine import EngineRequest
+from lfmq.validation.native import run_native
 
 # The name begins with the format that holds the recipe.
 RECIPES = {
@@ -31,11 +36,28 @@ RECIPES = {
     "onnx": '[[rule]]\nbits = 4\ngrid = "asymmetric"\n'
     '[[rule]]\nroles = ["embedding"]\nbits = 8\ngrid = "asymmetric"\n',
 }
+K_QUANTS = """
+[[rule]]
+bits = 4
+grid = "superblock"
+
+[[rule]]
+roles = ["attention", "expert_down"]
+bits = 5
+grid = "superblock"
+
+[[rule]]
+roles = ["embedding", "conv"]
+bits = 6
+grid = "superblock"
+"""
 NEW_TOKENS = 24
 END_OF_TURN = 4
 QUESTION = "What is 17 + 14?"
 # float32 arithmetic in another order; logits span about 30. Measured 6e-5.
 FLOAT32_TOLERANCE = 1e-3
+# llama.cpp rounds activations to int8, as in tests/test_runtimes.py.
+INT8_MEDIAN = 0.5
 # MLX computes in the float16 of the file's scales: the median over positions of the largest
 # difference, as in tests/test_runtimes.py. Measured 0.04.
 FLOAT16_MEDIAN = 0.1
@@ -65,6 +87,18 @@ def builds(sample_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     return paths
 
 
+@pytest.fixture(scope="module")
+def k_quants(sample_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sample rounded to nearest with a recipe of all K-quants."""
+    checkpoint, recipe = open_checkpoint(sample_folder), parse_recipe(K_QUANTS, "k", "a test")
+    plan = resolve_plan(checkpoint.geometry, recipe)
+    planned = plan_builds(checkpoint, plan, FORMATS)
+    assert [b.format for b in planned if b.refused is None] == ["gguf"]
+    output = tmp_path_factory.mktemp("k")
+    (done,) = convert(checkpoint, recipe, plan, {"gguf": FORMATS["gguf"]}, output)
+    return done.path
+
+
 @pytest.fixture
 def reference(
     sample_folder: Path, transformers_model: Callable[..., Any]
@@ -89,6 +123,31 @@ def reference(
             return tokens[0].tolist(), len(prompt), model(tokens).logits[0].numpy()
 
     return make
+
+
+def test_k_quants_read_back(k_quants: Path, sample_folder: Path) -> None:
+    checkpoint, reader = open_checkpoint(sample_folder), FORMATS["gguf"].open_reader(k_quants)
+    plan = resolve_plan(checkpoint.geometry, parse_recipe(K_QUANTS, "k", "a test"))
+    found = set()
+    for entry in plan.entries:
+        weight = quantize_entry(checkpoint, entry)
+        values = dequantize(weight) if isinstance(weight, Quantized) else weight
+        np.testing.assert_array_equal(reader.read(entry.name), values, err_msg=entry.name)
+        found.add(str(entry.storage))
+    assert {"q4_k", "q5_k", "q6_k"} < found
+    field = GGUFReader(k_quants).get_field("general.file_type")
+    assert field is not None
+    assert field.contents() == 15  # MOSTLY_Q4_K_M
+
+
+def test_k_quants_in_llama_cpp(k_quants: Path, reference: Callable[..., Any]) -> None:
+    pytest.importorskip("xllamacpp")
+    tokens, start, expected = reference(k_quants)
+    request = EngineRequest(k_quants, np.array([tokens]), slice(0, len(tokens)))
+    (run,) = run_native(request, "gguf")
+    assert run.logits is not None
+    assert run.logits[start - 1 : -1].argmax(-1).tolist() == tokens[start:]
+    assert np.median(np.abs(run.logits - expected).max(-1)) < INT8_MEDIAN
 
 
 @pytest.mark.parametrize("name", ["mlx", "mlx-5-6"])

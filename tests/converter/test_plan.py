@@ -175,3 +175,8 @@ def test_settings_gguf_cannot_express_are_refused_by_it_alone(make_checkpoint):
 def test_groups_that_do_not_divide_a_row_are_refused(tiny_geometry):
     with pytest.raises(PlanError, match="groups of 128"):
         plan_of(tiny_geometry, "[[rule]]\nbits = 4\ngroup = 128")
+
+
+def test_superblocks_that_do_not_divide_a_row_are_refused(tiny_geometry):
+    with pytest.raises(PlanError, match=r"rows of 128 .* groups of 256; .*Q8_0"):
+        plan_of(tiny_geometry, '[[rule]]\nbits = 6\ngrid = "superblock"')

@@ -13,6 +13,7 @@ from gguf.quants import dequantize as gguf_dequantize
 
 from lfmq.formats import gguf
 from lfmq.formats.build import Assets
+from lfmq.formats.registry import FORMATS
 from lfmq.formats.writer import BuildWriter
 from lfmq.quant.errors import UnsupportedError, ValidationError
 from lfmq.quant.types import Entry, Geometry, Plan, Quantized, Scheme, Storage, Weight, dequantize
@@ -221,6 +222,24 @@ def test_refuses_groups_and_single_experts(
     one = {"model.layers.2.feed_forward.experts.1.w1.weight": Scheme(8)}
     with pytest.raises(UnsupportedError, match="use onnx or compressed-tensors"):
         gguf.check(make_plan(geometry, overrides=one), assets)
+
+
+def test_refuses_superblocks_it_cannot_hold(
+    geometry: Geometry, assets: Assets, make_plan: Callable[..., Plan]
+) -> None:
+    with pytest.raises(UnsupportedError, match=r"rows of 128 weights.* 256.*Q8_0"):
+        gguf.check(make_plan(geometry, shared=Scheme(4, 32, "superblock")), assets)
+    with pytest.raises(UnsupportedError, match="4, 5 and 6 bits, the plan asks for 3"):
+        gguf.check(make_plan(geometry, shared=Scheme(3, 16, "superblock")), assets)
+
+
+@pytest.mark.parametrize("name", ["mlx", "onnx", "compressed-tensors"])
+def test_other_formats_point_here_for_superblocks(
+    name: str, geometry: Geometry, assets: Assets, make_plan: Callable[..., Plan]
+) -> None:
+    plan = make_plan(geometry, shared=Scheme(6, 16, "superblock"))
+    with pytest.raises(UnsupportedError, match=r"'superblock'; .*use gguf"):
+        FORMATS[name].check(plan, assets)
 
 
 @pytest.mark.parametrize("keep", [0, 10, 3000, -100])
