@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lfmq.converter.recipe import Recipe
+from lfmq.converter.recipe import Recipe, Rule
 from lfmq.converter.tensors import Tensor, expected_tensors
 from lfmq.formats.build import BuildLayout
 from lfmq.quant.errors import PlanError, RecipeError
@@ -19,20 +19,21 @@ def resolve_plan(geometry: Geometry, recipe: Recipe) -> Plan:
     """
     tensors = expected_tensors(geometry)
     quantizable = [t for t in tensors if t.role not in FLOAT_ROLES]
-    for number, rule in enumerate(recipe.rules, 1):
+    rules = [rule.in_model(quantizable) for rule in recipe.rules]
+    for number, rule in enumerate(rules, 1):
         if not any(rule.matches(t) for t in quantizable):
             raise RecipeError(f"recipe {recipe.name}: rule {number} matches no tensor")
-    entries = (_entry(t, _storage(t, recipe)) for t in tensors)
+    entries = (_entry(t, _storage(t, rules, recipe.name)) for t in tensors)
     return Plan(geometry, tuple(entries), recipe.name)
 
 
-def _storage(tensor: Tensor, recipe: Recipe) -> Storage:
+def _storage(tensor: Tensor, rules: list[Rule], recipe: str) -> Storage:
     if tensor.role in FLOAT_ROLES:
         return "float32"
-    for rule in reversed(recipe.rules):
+    for rule in reversed(rules):
         if rule.matches(tensor):
             return rule.storage
-    raise RecipeError(f"recipe {recipe.name}: no rule speaks of {tensor.name} ({tensor.role})")
+    raise RecipeError(f"recipe {recipe}: no rule speaks of {tensor.name} ({tensor.role})")
 
 
 def _entry(t: Tensor, storage: Storage) -> Entry:

@@ -2,8 +2,8 @@
 
 import fnmatch
 import tomllib
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -30,6 +30,7 @@ _GRIDS: dict[Grid, dict[int, tuple[int, ...]]] = {
     "asymmetric": {4: _GROUPS, 8: _GROUPS},
     "superblock": {4: (32,), 5: (32,), 6: (16,)},
 }
+MORE_BITS = "more_bits"  # in place of layers: those that llama.cpp gives a wider type
 _LARGEST_INDEX = 1_000_000  # of a layer or an expert; a longer range is a slip
 _ROLE_SETS = {"experts": EXPERT_ROLES, "shared": SHARED_ROLES}
 _T = TypeVar("_T")
@@ -38,13 +39,17 @@ _KEYS = {"roles", "layers", "names", "experts", "bits", "group", "grid", "float"
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Tensors to match (an empty condition matches all) and the storage they get."""
+    """Tensors to match (an empty condition matches all) and the storage they get.
+
+    With ``more_bits`` the layers are those that :meth:`in_model` makes of it.
+    """
 
     storage: Storage
     roles: frozenset[Role]
     layers: frozenset[int] = frozenset()
     names: tuple[str, ...] = ()
     experts: frozenset[int] = frozenset()
+    more_bits: bool = False
 
     def matches(self, tensor: Tensor) -> bool:
         """Whether the rule speaks of this tensor."""
@@ -54,6 +59,21 @@ class Rule:
             and (not self.experts or tensor.expert in self.experts)
             and (not self.names or any(fnmatch.fnmatchcase(tensor.name, n) for n in self.names))
         )
+
+    def in_model(self, tensors: Iterable[Tensor]) -> "Rule":
+        """The rule with its layers as numbers.
+
+        ``more_bits`` counts the layers that have a tensor the other conditions match. Of n of them
+        llama.cpp widens the first and the last eighth and every third between
+        (``use_more_bits`` of ``llama-quant.cpp``; integer division).
+        """
+        if not self.more_bits:
+            return self
+        found = sorted({t.layer for t in tensors if t.layer is not None and self.matches(t)})
+        n = len(found)
+        wide = (i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2 for i in range(n))
+        layers = frozenset(layer for layer, more in zip(found, wide, strict=True) if more)
+        return replace(self, layers=layers, more_bits=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,12 +143,14 @@ def _rule(table: Any, where: str) -> Rule:
         raise RecipeError(
             f"{where}: unknown key {unknown[0]!r}; known: {', '.join(sorted(_KEYS))}"
         )
+    more_bits = table.get("layers") == MORE_BITS
     return Rule(
         _storage(table, where),
         _roles(table.get("roles", ["experts", "shared"]), where),
-        _numbers(table.get("layers"), "layers", where),
+        frozenset() if more_bits else _numbers(table.get("layers"), "layers", where),
         tuple(_list(table.get("names", []), str, "names", where)),
         _numbers(table.get("experts"), "experts", where),
+        more_bits,
     )
 
 
