@@ -11,26 +11,28 @@ inverse of H (Frantar et al. 2022, GPTQ, algorithm 1). Deviations:
   the scale of a group and then each of its codes take the value of least loss.
 - Columns keep their order, so that groups stay whole in every container.
 
-What a grid does with one group of columns is in ``lfmq.quant.symmetric_gptq`` for the portable
-grid and in ``lfmq.quant.offset_gptq`` for those with an offset.
+What a grid does with some columns is in ``lfmq.quant.symmetric_gptq`` for the portable grid, in
+``lfmq.quant.offset_gptq`` for those with an offset a group and in ``lfmq.quant.superblock_gptq``
+for K-quants.
 
 float32 with float64 factorization. Sums over K go through BLAS: equal on one machine whatever the
 number of workers, not from one kind of processor to another.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lfmq.quant import gptq_torch, offset_gptq, offset_torch, symmetric_gptq
-from lfmq.quant.offset_lanes import MOVES, SPANS
-from lfmq.quant.offset_rtn import stored_offset
-from lfmq.quant.symmetric_lanes import TARGETS
+from lfmq.quant import gptq_torch, offset_torch, superblock_torch
+from lfmq.quant.grid_state import GridState
+from lfmq.quant.offset_gptq import OffsetState
+from lfmq.quant.superblock_gptq import SuperblockState
+from lfmq.quant.symmetric_gptq import SymmetricState
 from lfmq.quant.triangular import invert_lower
-from lfmq.quant.types import Quantized, Scheme
+from lfmq.quant.types import Grid, Quantized, Scheme
 from lfmq.quant.vector import whole_lanes
 
 # Share of the mean diagonal added to it. Ten times that of Frantar et al. 2022, section 3.3: it
@@ -38,10 +40,8 @@ from lfmq.quant.vector import whole_lanes
 DAMPING = 0.1
 # What they are worth: docs/quantization.md.
 SWEEPS = 3
-# Columns of a block, a multiple of every group.
-_BLOCK = 128
-
 F32 = NDArray[np.float32]
+_OnDevice = Callable[[F32, torch.Tensor, torch.Tensor, Scheme, int], Quantized]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,141 +81,81 @@ def quantize(w: F32, moments: Moments, scheme: Scheme, *, sweeps: int = SWEEPS) 
     """Quantize a weight [N, K] so that its outputs change least.
 
     Args:
-        w: the weight; K is a multiple of the scheme's group.
+        w: the weight; K is a multiple of the scheme's span.
         moments: of its inputs.
-        scheme: bits 4 or 8.
+        scheme: its grid.
         sweeps: of coordinate descent after GPTQ.
 
     Raises:
         ValueError: ``w`` holds a NaN, an Inf or a value beyond float16.
     """
-    rows, group = w.shape[0], scheme.group
-    if w.shape[1] % group:
-        raise ValueError(f"rows of {w.shape[1]} do not divide into groups of {group}")
+    rows = len(w)
+    if w.shape[1] % scheme.span:
+        raise ValueError(f"rows of {w.shape[1]} do not divide into groups of {scheme.span}")
+    _, state, on_device = next(kind for kind in _GRIDS if scheme.grid in kind[0])
     if moments.damped.device.type != "cpu":
-        portable = scheme.grid == "symmetric"
-        on_device = gptq_torch.quantize_rows if portable else offset_torch.quantize_rows
         return on_device(w, moments.damped, moments.factor, scheme, sweeps)
     w = whole_lanes(w)
-    level = np.empty((w.shape[1] // group, len(w), group), np.float32)
-    grid = _GridState(
-        scheme, level, np.empty(level.shape[:2], np.float32), np.zeros(level.shape[:2], np.float32)
-    )
+    grid = state(scheme, w.shape)
     _round_columns(torch.from_numpy(w.copy()), moments, grid)
     if sweeps:
         _descend(torch.from_numpy(w), moments.damped, grid, sweeps)
-    codes = (level.transpose(1, 0, 2) + np.float32(_zero_level(scheme))).astype(np.uint8)
-    half = np.ascontiguousarray(grid.scale.T).astype(np.float16)
-    offset = None
-    if scheme.grid != "symmetric":
-        offset = stored_offset(np.ascontiguousarray(grid.offset.T), scheme)
-    found = Quantized(np.ascontiguousarray(codes).reshape(w.shape), half, scheme, offset)
-    return found.map(lambda array: array[:rows])
+    return grid.finish().map(lambda array: array[:rows])
 
 
-@dataclass(frozen=True, slots=True)
-class _GridState:
-    """A weight on its way to the grid, a group of columns after another; kernels change it.
-
-    Attributes:
-        scheme: of the weight.
-        level: float32 [G, N, group], the codes; on the symmetric grid less the zero point.
-        scale: float32 [G, N].
-        offset: float32 [G, N], the offset or zero point; unused on the symmetric grid.
-    """
-
-    scheme: Scheme
-    level: F32
-    scale: F32
-    offset: F32
-
-    @property
-    def limits(self) -> tuple[np.float32, np.float32]:
-        """Lowest and highest level."""
-        zero = _zero_level(self.scheme)
-        low, high = self.scheme.lowest_code - zero, self.scheme.highest_code - zero
-        return np.float32(low), np.float32(high)
-
-    def values(self) -> F32:
-        """The weights [N, K] that the levels stand for."""
-        groups = self.level * self.scale[..., None]
-        if self.scheme.grid == "affine":
-            groups += self.offset[..., None]
-        elif self.scheme.grid == "asymmetric":
-            groups -= (self.scale * self.offset)[..., None]
-        values: F32 = groups.transpose(1, 0, 2).reshape(self.level.shape[1], -1)
-        return values
-
-    def round(self, index: int, w: F32, factor: F32, cost: F32, error: F32) -> bool:
-        """Search and round a group of columns; False for a weight that float16 lacks."""
-        low, high = self.limits
-        level, scale, offset = self.level[index], self.scale[index], self.offset[index]
-        bits, grid = self.scheme.bits, self.scheme.grid
-        if grid == "symmetric":
-            targets = TARGETS[bits]
-            sound = symmetric_gptq.round_group(
-                w, factor, cost, low, high, targets, level, scale, error
-            )
-        else:
-            spans, moves = SPANS[grid, bits], MOVES[grid, bits]
-            affine = grid == "affine"
-            sound = offset_gptq.round_group(
-                w, factor, cost, affine, high, spans, moves, level, scale, offset, error
-            )
-        return bool(sound)
-
-    def descend(self, index: int, gradient: F32, h: F32, change: F32) -> None:
-        """Refit a group of columns."""
-        low, high = self.limits
-        level, scale, offset = self.level[index], self.scale[index], self.offset[index]
-        if self.scheme.grid == "symmetric":
-            symmetric_gptq.descend_group(gradient, h, low, high, level, scale, change)
-        else:
-            affine = self.scheme.grid == "affine"
-            offset_gptq.descend_group(gradient, h, affine, high, level, scale, offset, change)
+# For grids: what their compiled kernels work on, and the same algorithm for a GPU.
+_GRIDS: tuple[tuple[tuple[Grid, ...], Callable[[Scheme, tuple[int, ...]], GridState], _OnDevice], ...] = (
+    (("symmetric",), SymmetricState, gptq_torch.quantize_rows),
+    (("affine", "asymmetric"), OffsetState, offset_torch.quantize_rows),
+    (("superblock",), SuperblockState, superblock_torch.quantize_rows),
+)
 
 
-def _zero_level(scheme: Scheme) -> int:
-    """The code of level 0."""
-    return scheme.zero_point if scheme.grid == "symmetric" else 0
-
-
-def _round_columns(w: torch.Tensor, moments: Moments, grid: _GridState) -> None:
+def _round_columns(w: torch.Tensor, moments: Moments, grid: GridState) -> None:
     """GPTQ: fill in the grid's arrays, using up ``w``."""
     factor = moments.factor
-    error = np.empty((w.shape[0], _BLOCK), np.float32)
-    for block, parts in _blocks(w.shape[1], grid.scheme.group):
+    costs = (1 / factor.diagonal().square()).numpy()
+    error = np.empty((w.shape[0], grid.block), np.float32)
+    for number, (block, parts) in enumerate(_blocks(w.shape[1], grid)):
         found = torch.from_numpy(error)
+        sound = grid.search_block(number, w[:, block].numpy(), _importance(costs[block]))
         for part in parts:
             within = np.ascontiguousarray(factor[part, part].numpy())
-            cost = 1 / np.square(np.diag(within))
             columns = np.ascontiguousarray(w[:, part].numpy())
-            importance = (cost / cost.mean()).astype(np.float32)
-            own = np.empty_like(columns)
-            if not grid.round(part.start // grid.scheme.group, columns, within, importance, own):
-                raise ValueError("a weight is NaN, Inf or beyond float16")
+            own, index = np.empty_like(columns), part.start // grid.columns
+            sound &= grid.round(index, columns, within, _importance(costs[part]), own)
             error[:, part.start - block.start : part.stop - block.start] = own
             near = slice(part.stop, block.stop)
             w[:, near].addmm_(torch.from_numpy(own), factor[part, near], alpha=-1)
+        if not sound:
+            raise ValueError("a weight is NaN, Inf or beyond float16")
         rest = slice(block.stop, None)
         w[:, rest].addmm_(found[:, : block.stop - block.start], factor[block, rest], alpha=-1)
 
 
-def _descend(w: torch.Tensor, h: torch.Tensor, grid: _GridState, sweeps: int) -> None:
-    """Coordinate descent on scales, offsets and levels, in place."""
-    rows, group = w.shape[0], grid.scheme.group
+def _importance(cost: F32) -> F32:
+    """Costs of errors in some columns, of mean 1."""
+    return (cost / cost.mean()).astype(np.float32)
+
+
+def _descend(w: torch.Tensor, h: torch.Tensor, grid: GridState, sweeps: int) -> None:
+    """Coordinate descent on what the grid stores, in place."""
     gradient = (torch.from_numpy(grid.values()) - w) @ h  # [N, K], half of it
-    change = np.empty((rows, _BLOCK), np.float32)
     for sweep in range(sweeps):
-        for block, parts in _blocks(w.shape[1], group):
-            found = torch.from_numpy(change)[:, : block.stop - block.start]
+        for number, (block, parts) in enumerate(_blocks(w.shape[1], grid)):
+            found = torch.zeros(len(w), block.stop - block.start)
+            shared = grid.refit_block(number, gradient[:, block], h[block, block])
+            if shared is not None:
+                found += shared
+                gradient[:, block].addmm_(shared, h[block, block])
             for part in parts:
                 within = np.ascontiguousarray(h[part, part].numpy())
                 columns = np.ascontiguousarray(gradient[:, part].numpy())
                 own = np.empty_like(columns)
-                grid.descend(part.start // group, columns, within, own)
-                change[:, part.start - block.start : part.stop - block.start] = own
-                gradient[:, block].addmm_(torch.from_numpy(own), h[part, block])
+                grid.descend(part.start // grid.columns, columns, within, own)
+                moved = torch.from_numpy(own)
+                found[:, part.start - block.start : part.stop - block.start] += moved
+                gradient[:, block].addmm_(moved, h[part, block])
             after = slice(block.stop, None)
             gradient[:, after].addmm_(found, h[block, after])
             if sweep < sweeps - 1:  # what is before is not looked at again in the last one
@@ -223,11 +163,12 @@ def _descend(w: torch.Tensor, h: torch.Tensor, grid: _GridState, sweeps: int) ->
                 gradient[:, before].addmm_(found, h[block, before])
 
 
-def _blocks(columns: int, group: int) -> Iterator[tuple[slice, list[slice]]]:
-    """Runs of columns whose changes reach all others in one product, each with its groups.
+def _blocks(columns: int, grid: GridState) -> Iterator[tuple[slice, list[slice]]]:
+    """Runs of columns whose changes reach all others in one product, each with its parts.
 
     The lazy batches of Frantar et al. 2022, section 3.2: products of many columns are faster.
     """
-    for start in range(0, columns, _BLOCK):
-        stop = min(start + _BLOCK, columns)
-        yield slice(start, stop), [slice(i, i + group) for i in range(start, stop, group)]
+    for start in range(0, columns, grid.block):
+        stop = min(start + grid.block, columns)
+        each = grid.columns
+        yield slice(start, stop), [slice(i, i + each) for i in range(start, stop, each)]

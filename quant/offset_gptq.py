@@ -10,18 +10,65 @@ codes.
 
 import numpy as np
 from numba import njit
+from numpy.typing import NDArray
 
+from lfmq.quant.grid_state import GridState, by_rows
 from lfmq.quant.lanes import invert, load_group, nearest_level, round_half
-from lfmq.quant.offset_lanes import WORK, search_offset
+from lfmq.quant.offset_lanes import MOVES, SPANS, WORK, search_offset
+from lfmq.quant.offset_rtn import stored_offset
+from lfmq.quant.types import Quantized, Scheme
 from lfmq.quant.vector import LANES
+
+F32 = NDArray[np.float32]
 
 _LARGEST = np.float32(65504)  # largest float16
 # Share of the product of curvatures below which scale and offset have the same effect.
 _ALIKE = np.float32(2.0**-16)
 
 
+class OffsetState(GridState):
+    """Codes float32 [G, N, g], scales and offsets or zero points float32 [G, N]."""
+
+    def __init__(self, scheme: Scheme, shape: tuple[int, ...]) -> None:
+        super().__init__(scheme)
+        self._code = np.empty((shape[1] // scheme.group, shape[0], scheme.group), np.float32)
+        self._scale = np.empty(self._code.shape[:2], np.float32)
+        self._offset = np.empty_like(self._scale)
+        self._affine, self._top = scheme.grid == "affine", np.float32(scheme.highest_code)
+
+    def values(self) -> F32:
+        """The weights [N, K] that the codes stand for."""
+        groups = self._code * self._scale[..., None]
+        if self._affine:
+            groups += self._offset[..., None]
+        else:
+            groups -= (self._scale * self._offset)[..., None]
+        return by_rows(groups)
+
+    def round(self, index: int, w: F32, factor: F32, cost: F32, error: F32) -> bool:
+        """Search and round a group of columns."""
+        code, scale, offset = self._code[index], self._scale[index], self._offset[index]
+        affine, top, key = self._affine, self._top, (self.scheme.grid, self.scheme.bits)
+        spans, moves = SPANS[key], MOVES[key]
+        return bool(
+            _round_group(w, factor, cost, affine, top, spans, moves, code, scale, offset, error)
+        )
+
+    def descend(self, index: int, gradient: F32, h: F32, change: F32) -> None:
+        """Refit a group of columns."""
+        code, scale, offset = self._code[index], self._scale[index], self._offset[index]
+        _descend_group(gradient, h, self._affine, self._top, code, scale, offset, change)
+
+    def finish(self) -> Quantized:
+        """The weight."""
+        codes = by_rows(self._code).astype(np.uint8)
+        scale, offset = (np.ascontiguousarray(a.T) for a in (self._scale, self._offset))
+        stored = stored_offset(offset, self.scheme)
+        return Quantized(codes, scale.astype(np.float16), self.scheme, stored)
+
+
 @njit(nogil=True, cache=True, error_model="numpy")
-def round_group(w, u, h, affine, top, spans, moves, level, scale, offset, error):  # type: ignore[no-untyped-def] # pragma: no cover
+def _round_group(w, u, h, affine, top, spans, moves, level, scale, offset, error):  # type: ignore[no-untyped-def] # pragma: no cover
     """Search and round a group [N, g]: fill in codes, scale, offset and the error to spread."""
     rows, group = w.shape
     x = np.zeros((group, LANES), np.float32)
@@ -58,7 +105,7 @@ def round_group(w, u, h, affine, top, spans, moves, level, scale, offset, error)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def descend_group(gradient, h, affine, top, level, scale, offset, change):  # type: ignore[no-untyped-def] # pragma: no cover
+def _descend_group(gradient, h, affine, top, level, scale, offset, change):  # type: ignore[no-untyped-def] # pragma: no cover
     """Refit scale, offset and codes of a group [N, g] in place; fill in its weights' change."""
     rows, group = gradient.shape
     g = np.zeros((group, LANES), np.float32)

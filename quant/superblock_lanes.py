@@ -95,8 +95,8 @@ def _search_shifted(x, h, top, spans, moves, scale, step, shift, work):  # type:
     pair, extent = work[6 * STEPS : 6 * STEPS + 2], work[6 * STEPS + 2 :]
     bad, widest, deepest = zero, zero, zero
     for g in range(8):
-        bad = most(bad, _survey(x, h, g, sums, extent))
-        _fit_shifted(x, h, g, top, spans, moves, s, m, sums, extent)
+        bad = most(bad, survey(x, h, g, sums, extent))
+        fit_shifted(x, h, g, top, spans, moves, s, m, sums, extent)
         widest = most(widest, load(s, g))
         deepest = most(deepest, load(m, g))
     store(pair, 0, half(widest / splat(TOP_CODE)))
@@ -116,7 +116,7 @@ def _search_shifted(x, h, top, spans, moves, scale, step, shift, work):  # type:
 
 
 @njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _survey(x, h, g, sums, extent):  # type: ignore[no-untyped-def] # pragma: no cover
+def survey(x, h, g, sums, extent):  # type: ignore[no-untyped-def] # pragma: no cover
     """Sum h x and 1 / sum h of sub-block g, middle and width of its range with 0.
 
     Returns a vector above 0 for weights that float16 lacks.
@@ -139,7 +139,7 @@ def _survey(x, h, g, sums, extent):  # type: ignore[no-untyped-def] # pragma: no
 
 
 @njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _fit_shifted(x, h, g, top, spans, moves, s, m, sums, extent):  # type: ignore[no-untyped-def] # pragma: no cover
+def fit_shifted(x, h, g, top, spans, moves, s, m, sums, extent):  # type: ignore[no-untyped-def] # pragma: no cover
     """Scale and offset of sub-block g by least squares, x = s q - m, as its row of s and m."""
     zero, one, start = splat(ZERO), splat(ONE), 32 * g
     sx, share = load(sums, 2 * g), load(sums, 2 * g + 1)
@@ -180,35 +180,42 @@ def _fit_shifted(x, h, g, top, spans, moves, s, m, sums, extent):  # type: ignor
 @njit(nogil=True, cache=True, error_model="numpy", inline="always")
 def _code_shifted(x, h, top, s, m, sums, pair, step, shift):  # type: ignore[no-untyped-def] # pragma: no cover
     """The best codes of scales and offsets under d and dmin; the error they leave."""
-    zero, one, limit = splat(ZERO), splat(ONE), splat(TOP_CODE)
-    d, dmin, whole = load(pair, 0), load(pair, 1), zero
+    whole = splat(ZERO)
     for g in range(8):
-        sx, share, start = load(sums, 2 * g), load(sums, 2 * g + 1), 32 * g
-        first = nearest(ratio(load(s, g), d), zero, limit)
-        best, chosen, moved = splat(FAR), zero, zero
-        for beside in range(3):
-            code = nearest(first + splat(np.float32(beside - 1)), zero, limit)
-            size = d * code
-            inverse = ratio(one, size)
-            base = load(m, g) * inverse
-            q1 = zero
-            for j in range(start, start + 32):
-                q1 = q1 + splat(h[j]) * nearest(load(x, j) * inverse + base, zero, splat(top))
-            below = nearest(ratio((size * q1 - sx) * share, dmin), zero, limit)
-            offset = dmin * below
-            base = offset * inverse
-            error = zero
-            for j in range(start, start + 32):
-                value = load(x, j)
-                miss = (value - size * nearest(value * inverse + base, zero, splat(top))) + offset
-                error = error + (splat(h[j]) * miss) * miss
-            chosen = where_above(best, error, code, chosen)
-            moved = where_above(best, error, below, moved)
-            best = where_above(best, error, error, best)
-        store(step, g, chosen)
-        store(shift, g, moved)
-        whole = whole + best
+        whole = whole + code_shifted(x, h, g, top, s, m, sums, pair, step, shift)
     return whole
+
+
+@njit(nogil=True, cache=True, error_model="numpy", inline="always")
+def code_shifted(x, h, g, top, s, m, sums, pair, step, shift):  # type: ignore[no-untyped-def] # pragma: no cover
+    """The same for sub-block g."""
+    zero, one, limit = splat(ZERO), splat(ONE), splat(TOP_CODE)
+    d, dmin = load(pair, 0), load(pair, 1)
+    sx, share, start = load(sums, 2 * g), load(sums, 2 * g + 1), 32 * g
+    first = nearest(ratio(load(s, g), d), zero, limit)
+    best, chosen, moved = splat(FAR), zero, zero
+    for beside in range(3):
+        code = nearest(first + splat(np.float32(beside - 1)), zero, limit)
+        size = d * code
+        inverse = ratio(one, size)
+        base = load(m, g) * inverse
+        q1 = zero
+        for j in range(start, start + 32):
+            q1 = q1 + splat(h[j]) * nearest(load(x, j) * inverse + base, zero, splat(top))
+        below = nearest(ratio((size * q1 - sx) * share, dmin), zero, limit)
+        offset = dmin * below
+        base = offset * inverse
+        error = zero
+        for j in range(start, start + 32):
+            value = load(x, j)
+            miss = (value - size * nearest(value * inverse + base, zero, splat(top))) + offset
+            error = error + (splat(h[j]) * miss) * miss
+        chosen = where_above(best, error, code, chosen)
+        moved = where_above(best, error, below, moved)
+        best = where_above(best, error, error, best)
+    store(step, g, chosen)
+    store(shift, g, moved)
+    return best
 
 
 @njit(nogil=True, cache=True, error_model="numpy", inline="always")
@@ -252,7 +259,7 @@ def _search_signed(x, h, top, targets, scale, step, work):  # type: ignore[no-un
     s, steps, pair = work[:STEPS], work[4 * STEPS : 5 * STEPS], work[6 * STEPS :]
     bad, widest = zero, zero
     for g in range(16):
-        bad = most(bad, _fit_signed(x, h, g, top, targets, s))
+        bad = most(bad, fit_signed(x, h, g, top, targets, s))
         found = load(s, g)
         widest = where_above(absolute(found), absolute(widest), found, widest)
     store(pair, 0, half(widest / splat(LOWEST)))
@@ -270,7 +277,7 @@ def _search_signed(x, h, top, targets, scale, step, work):  # type: ignore[no-un
 
 
 @njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _fit_signed(x, h, g, top, targets, s):  # type: ignore[no-untyped-def] # pragma: no cover
+def fit_signed(x, h, g, top, targets, s):  # type: ignore[no-untyped-def] # pragma: no cover
     """The scale of sub-block g by least squares, x = s q; above 0 for unfit weights."""
     zero, one, start = splat(ZERO), splat(ONE), 16 * g
     bad, peak = zero, zero
@@ -303,26 +310,33 @@ def _fit_signed(x, h, g, top, targets, s):  # type: ignore[no-untyped-def] # pra
 @njit(nogil=True, cache=True, error_model="numpy", inline="always")
 def _code_signed(x, h, top, s, pair, step):  # type: ignore[no-untyped-def] # pragma: no cover
     """The best codes of scales under d; the error they leave."""
-    zero, one = splat(ZERO), splat(ONE)
-    d, whole = load(pair, 0), zero
+    whole = splat(ZERO)
     for g in range(16):
-        first, start = nearest(ratio(load(s, g), d), splat(LOWEST), splat(HIGHEST)), 16 * g
-        best, chosen = splat(FAR), zero
-        for beside in range(3):
-            code = first + splat(np.float32(beside - 1))
-            code = nearest(code, splat(LOWEST), splat(HIGHEST))
-            size = d * code
-            inverse = ratio(one, size)
-            error = zero
-            for j in range(start, start + 16):
-                value = load(x, j)
-                miss = value - size * nearest(value * inverse, splat(-top - ONE), splat(top))
-                error = error + (splat(h[j]) * miss) * miss
-            chosen = where_above(best, error, code, chosen)
-            best = where_above(best, error, error, best)
-        store(step, g, chosen)
-        whole = whole + best
+        whole = whole + code_signed(x, h, g, top, s, pair, step)
     return whole
+
+
+@njit(nogil=True, cache=True, error_model="numpy", inline="always")
+def code_signed(x, h, g, top, s, pair, step):  # type: ignore[no-untyped-def] # pragma: no cover
+    """The same for sub-block g."""
+    zero, one = splat(ZERO), splat(ONE)
+    d = load(pair, 0)
+    first, start = nearest(ratio(load(s, g), d), splat(LOWEST), splat(HIGHEST)), 16 * g
+    best, chosen = splat(FAR), zero
+    for beside in range(3):
+        code = first + splat(np.float32(beside - 1))
+        code = nearest(code, splat(LOWEST), splat(HIGHEST))
+        size = d * code
+        inverse = ratio(one, size)
+        error = zero
+        for j in range(start, start + 16):
+            value = load(x, j)
+            miss = value - size * nearest(value * inverse, splat(-top - ONE), splat(top))
+            error = error + (splat(h[j]) * miss) * miss
+        chosen = where_above(best, error, code, chosen)
+        best = where_above(best, error, error, best)
+    store(step, g, chosen)
+    return best
 
 
 @njit(nogil=True, cache=True, error_model="numpy", inline="always")

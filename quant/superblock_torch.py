@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from lfmq.quant.types import Quantized, Scheme
 
 _LARGEST = 65504.0  # largest float16
+_ALIKE = 2.0**-16
 SPANS = {4: (13.0, 14.0, 14.75, 15.75, 16.75, 17.75, 19.0), 5: (29.0, 30.5, 31.5, 32.5, 34.0, 36.0)}
 MOVES = (-0.4, -0.2, 0.0, 0.2, 0.4)
 TARGETS = {6: (30.0, 31.0, 31.5, 32.0, 32.4, 33.0)}
@@ -208,7 +209,8 @@ def _descend(w, h, st, sweeps, opts):
         blk = index // each
         if index % each == 0 and opts.get("whole", True):
             whole = slice(part.start, part.start + span)
-            change = _refit_span(gradient[:, whole], h[whole, whole], st, blk)
+            spread = [c[:, blk*each:(blk+1)*each].repeat_interleave(group, 1) for c in (st.step, st.shift)]
+            change = refit_scales(st.scale[:, blk], st.offset[:, blk], st.code[:, whole]*spread[0], spread[1], gradient[:, whole], h[whole, whole], signed=not st.scheme.has_offset)
             gradient += change @ h[whole]
         change = _descend_group(gradient[:, part].clone(), st, index, blk, h[part, part])
         gradient += change @ h[part]
@@ -221,30 +223,46 @@ def _values(st):
     return st.code * s.repeat_interleave(group, 1) + b.repeat_interleave(group, 1)
 
 
-def _refit_span(g, h, st, blk):
-    """d and dmin."""
-    group, span = st.scheme.group, st.scheme.span
-    each = span // group
-    code = st.code[:, blk * span : (blk + 1) * span]
-    p = code * st.step[:, blk * each : (blk + 1) * each].repeat_interleave(group, 1)
-    r = -st.shift[:, blk * each : (blk + 1) * each].repeat_interleave(group, 1)
-    hp, hr = p @ h, r @ h
-    pp, pr, rr = (p * hp).sum(1), (p * hr).sum(1), (r * hr).sum(1)
-    down_p, down_r = -(p * g).sum(1), -(r * g).sum(1)
-    s, o = st.scale[:, blk], st.offset[:, blk]
-    det = pp * rr - pr * pr
-    ok = det > 2**-16 * pp * rr
-    ds = torch.where(ok, (rr * down_p - pr * down_r) / det, _divide(down_p, pp))
-    new_s = _half(s + ds)
-    ds = new_s - s
-    new_o = _half(o + _divide(down_r - pr * ds, rr))
-    do = new_o - o
-    loss = ds * (ds * pp - 2 * down_p) + do * (do * rr + 2 * (ds * pr - down_r))
-    better = loss < 0
-    ds, do = torch.where(better, ds, 0), torch.where(better, do, 0)
-    s += ds
-    o += do
-    return p * ds[:, None] + r * do[:, None]
+def refit_scales(
+    d: torch.Tensor,
+    dmin: torch.Tensor,
+    along: torch.Tensor,
+    shift: torch.Tensor,
+    gradient: torch.Tensor,
+    h: torch.Tensor,
+    *,
+    signed: bool,
+) -> torch.Tensor:
+    """Move d and dmin [N] of a superblock to float16 values of less loss, in place.
+
+    Args:
+        d: what multiplies ``along``.
+        dmin: what multiplies ``shift`` and lowers weights.
+        along: step times code of each column, [N, 256].
+        shift: of each column, [N, 256].
+        gradient: half the loss's, [N, 256].
+        h: moments within the superblock, [256, 256].
+        signed: whether the grid has 6 bits and no dmin.
+
+    Returns:
+        What was added to the weights, [N, 256].
+    """
+    ha, hb = along @ h, shift @ h
+    aa, ab, bb = (along * ha).sum(1), -(shift * ha).sum(1), (shift * hb).sum(1)
+    down_a, down_b = -(along * gradient).sum(1), (shift * gradient).sum(1)
+    rest = aa * bb - ab * ab
+    joint = (rest > _ALIKE * aa * bb) & (bb > 0)
+    step = torch.where(joint, (bb * down_a - ab * down_b) / rest, _divide(down_a, aa))
+    new_d = _half(d + step if signed else (d + step).clamp(min=0))
+    by = new_d - d
+    new_dmin = _half((dmin + _divide(down_b - ab * by, bb)).clamp(min=0))
+    up = new_dmin - dmin
+    loss = by * (by * aa - 2 * down_a) + up * (up * bb + 2 * (by * ab - down_b))
+    better = (loss < 0) & (new_d != 0)
+    by, up = torch.where(better, by, 0), torch.where(better, up, 0)
+    d += by
+    dmin += up
+    return along * by[:, None] - shift * up[:, None]
 
 
 def _descend_group(g, st, index, blk, h):

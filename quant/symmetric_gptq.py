@@ -6,8 +6,11 @@ changes the loss by ``ds^2 q'Hq + 2 ds q'g``, and a weight's best level is ``q -
 
 import numpy as np
 from numba import njit
+from numpy.typing import NDArray
 
-from lfmq.quant.symmetric_lanes import search_scale
+from lfmq.quant.grid_state import GridState, by_rows
+from lfmq.quant.symmetric_lanes import TARGETS, search_scale
+from lfmq.quant.types import Quantized, Scheme
 from lfmq.quant.vector import (
     LANES,
     half,
@@ -23,9 +26,43 @@ from lfmq.quant.vector import (
 
 _ZERO, _ONE, _TWO = np.float32(0), np.float32(1), np.float32(2)
 
+F32 = NDArray[np.float32]
+
+
+class SymmetricState(GridState):
+    """Levels float32 [G, N, g], the codes less the zero point, and scales float32 [G, N]."""
+
+    def __init__(self, scheme: Scheme, shape: tuple[int, ...]) -> None:
+        super().__init__(scheme)
+        self._level = np.empty((shape[1] // scheme.group, shape[0], scheme.group), np.float32)
+        self._scale = np.empty(self._level.shape[:2], np.float32)
+        self._low = np.float32(scheme.lowest_code - scheme.zero_point)
+        self._high = np.float32(scheme.highest_code - scheme.zero_point)
+
+    def values(self) -> F32:
+        """The weights [N, K] that the levels stand for."""
+        return by_rows(self._level * self._scale[..., None])
+
+    def round(self, index: int, w: F32, factor: F32, cost: F32, error: F32) -> bool:
+        """Search and round a group of columns."""
+        level, scale, targets = self._level[index], self._scale[index], TARGETS[self.scheme.bits]
+        low, high = self._low, self._high
+        return bool(_round_group(w, factor, cost, low, high, targets, level, scale, error))
+
+    def descend(self, index: int, gradient: F32, h: F32, change: F32) -> None:
+        """Refit a group of columns."""
+        level, scale = self._level[index], self._scale[index]
+        _descend_group(gradient, h, self._low, self._high, level, scale, change)
+
+    def finish(self) -> Quantized:
+        """The weight."""
+        codes = by_rows(self._level + np.float32(self.scheme.zero_point)).astype(np.uint8)
+        scale = np.ascontiguousarray(self._scale.T).astype(np.float16)
+        return Quantized(codes, scale, self.scheme)
+
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def round_group(w, u, h, low, high, targets, level, scale, error):  # type: ignore[no-untyped-def] # pragma: no cover
+def _round_group(w, u, h, low, high, targets, level, scale, error):  # type: ignore[no-untyped-def] # pragma: no cover
     """Search and round a group [N, g]: fill in levels, scale and the error to spread.
 
     N is a multiple of 16, u [g, g] the factor of the group, h [g] the importance.
@@ -59,7 +96,7 @@ def round_group(w, u, h, low, high, targets, level, scale, error):  # type: igno
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def descend_group(gradient, h, low, high, level, scale, change):  # type: ignore[no-untyped-def] # pragma: no cover
+def _descend_group(gradient, h, low, high, level, scale, change):  # type: ignore[no-untyped-def] # pragma: no cover
     """Refit scale and levels of a group [N, g] in place; fill in its weights' change.
 
     N is a multiple of 16.
