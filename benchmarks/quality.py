@@ -1,8 +1,8 @@
 """Quality on the sample against llama.cpp's and MLX's own quantizers: one run, one forward.
 
 Every build is a set of weights run through the reference forward on the same held-out tokens.
-llama.cpp's types are those its quantizer gives each tensor (``more_bits`` of llama-quant.cpp),
-made by ggml itself with an importance matrix collected on the calibration text ours uses.
+llama.cpp's types are those its quantizer gives each tensor (the recipes of that name), made by
+ggml itself with an importance matrix collected on the calibration text ours uses.
 """
 
 import argparse
@@ -30,21 +30,14 @@ from lfmq.converter.plan import resolve_plan
 from lfmq.converter.recipe import Recipe, load_recipe
 from lfmq.converter.tensors import Tensor, expected_tensors
 from lfmq.converter.text import Windows, load_windows
-from lfmq.quant.types import (
-    FLOAT_ROLES,
-    Geometry,
-    Plan,
-    Quantized,
-    Role,
-    Scheme,
-    Weight,
-    dequantize,
-)
+from lfmq.formats.registry import FORMATS
+from lfmq.quant.types import FLOAT_ROLES, Geometry, Plan, Quantized, Weight, dequantize
 from lfmq.validation.runs import Reference, compare_model, run_reference
 from lfmq.validation.summaries import summarize_scores
 
 Weights = dict[str, np.ndarray]
 Q = GGMLQuantizationType
+LLAMA_CPP = ("q4_k_m", "q5_k_m", "q6_k")  # recipes with its types
 
 
 @dataclass(frozen=True)
@@ -52,7 +45,7 @@ class Build:
     """Weights to be judged."""
 
     name: str
-    bits_per_weight: float
+    nbytes: int
     weights: Weights
     seconds: float
 
@@ -64,7 +57,7 @@ def main() -> None:
     parser.add_argument("--sequence", type=int, default=256)
     parser.add_argument("--calibrate-on", action="append", help="domains; default: all")
     parser.add_argument("--evaluate-on", action="append", help="domains; default: all")
-    parser.add_argument("--only", help="names that contain this")
+    parser.add_argument("--only", help="names that contain this, whatever their case")
     options = parser.parse_args()
     torch.set_num_threads(1)
     sample = open_checkpoint(sample_file())
@@ -73,14 +66,15 @@ def main() -> None:
     reference = run_reference(Model(sample.geometry, sample.read), evaluation)
     rows = []
     for make in builds(sample, calibration):
-        if options.only and options.only not in make[0]:
+        if options.only and options.only.lower() not in make[0].lower():
             continue
         started = time.monotonic()
-        bits, weights = make[1]()
-        build = Build(make[0], bits, weights, time.monotonic() - started)
+        nbytes, weights = make[1]()
+        build = Build(make[0], nbytes, weights, time.monotonic() - started)
         rows.append(judge(reference, sample.geometry, build))
         print(json.dumps(rows[-1]), flush=True)
     show(rows, reference)
+    compare({row["name"]: row for row in rows})
 
 
 def load(
@@ -104,35 +98,35 @@ def load(
 
 def builds(
     sample: Checkpoint, calibration: Windows
-) -> Iterator[tuple[str, Callable[[], tuple[float, Weights]]]]:
+) -> Iterator[tuple[str, Callable[[], tuple[int, Weights]]]]:
     """Names of builds and what makes them."""
-    for recipe in ("int8", "int4", "int4-all"):
+    for recipe in ("int8", "int4", "int4-all", *LLAMA_CPP):
         yield f"{recipe}, nearest", partial(ours, sample, load_recipe(recipe), None)
         yield f"{recipe}, calibrated", partial(ours, sample, load_recipe(recipe), calibration)
     importance = collect_importance(sample, calibration)
     library = load_library()
 
-    def ggml(types: Callable[[Tensor], Q], *, plain: bool = False) -> tuple[float, Weights]:
-        bits, weights = 0.0, {}
+    def ggml(types: Callable[[Tensor], Q], *, plain: bool = False) -> tuple[int, Weights]:
+        nbytes, weights = 0, {}
         for t in expected_tensors(sample.geometry):
             w = sample.read(t.name)
             if t.role not in FLOAT_ROLES:
                 kind = types(t)
-                block, nbytes = GGML_QUANT_SIZES[kind]
-                bits += 8 * nbytes / block * t.size
+                block, size = GGML_QUANT_SIZES[kind]
+                nbytes += size * t.size // block
                 chosen = None if plain or kind == Q.Q8_0 else importance.get(t.name)
                 w = round_trip(library, w, kind, chosen)
             else:
-                bits += 32 * t.size
+                nbytes += 4 * t.size
             weights[t.name] = w
-        return bits / sum(t.size for t in expected_tensors(sample.geometry)), weights
+        return nbytes, weights
 
     def split(experts: Q, shared: Q) -> Callable[[Tensor], Q]:
         return lambda t: shared if t.expert is None else experts
 
-    g = sample.geometry
-    yield "llama.cpp Q4_K_M, imatrix", lambda: ggml(k_m(g, Q.Q4_K))
-    yield "llama.cpp Q5_K_M, imatrix", lambda: ggml(k_m(g, Q.Q5_K))
+    for recipe in LLAMA_CPP:
+        types = types_of(sample.geometry, load_recipe(recipe))
+        yield f"llama.cpp {recipe.upper()}, imatrix", partial(ggml, types)
     yield "experts Q4_K, rest Q8_0, imatrix", lambda: ggml(split(Q.Q4_K, Q.Q8_0))
     yield "experts Q5_K, rest Q8_0, imatrix", lambda: ggml(split(Q.Q5_K, Q.Q8_0))
     yield (
@@ -145,8 +139,8 @@ def builds(
 
 def ours(
     sample: Checkpoint, recipe: Recipe, windows: Windows | None, settings: Settings | None = None
-) -> tuple[float, Weights]:
-    """Weights of a recipe, rounded to nearest or calibrated."""
+) -> tuple[int, Weights]:
+    """Bytes in GGUF and weights of a recipe, rounded to nearest or calibrated."""
     plan = resolve_plan(sample.geometry, recipe)
     found: dict[str, Weight] = {}
     if windows is None:
@@ -157,46 +151,19 @@ def ours(
     for _ in units:
         pass
     values = {n: dequantize(w) if isinstance(w, Quantized) else w for n, w in found.items()}
-    return plan_bits(plan), values
+    return tensor_bytes(sample, plan), values
 
 
-def plan_bits(plan: Plan) -> float:
-    """Bits per weight of tensors alone: codes and scales, floats as float32."""
-    bits = 0.0
-    for e in plan.entries:
-        scheme = e.scheme
-        bits += e.size * (32 if scheme is None else scheme.bits + scale_bits(scheme))
-    return bits / sum(e.size for e in plan.entries)
+def tensor_bytes(sample: Checkpoint, plan: Plan) -> int:
+    """Bytes of tensors alone in GGUF."""
+    layout = FORMATS["gguf"].layout(plan, sample.assets)
+    return sum(piece.nbytes for file in layout.files for piece in file.pieces)
 
 
-def scale_bits(scheme: Scheme) -> float:
-    """Bits a weight of scales, without the offsets of MLX and ONNX."""
-    if scheme.grid != "superblock":
-        return 16 / scheme.group
-    if scheme.has_offset:  # two codes of six bits
-        return 2 * (16 / scheme.span + 6 / scheme.group)
-    return 16 / scheme.span + 8 / scheme.group
-
-
-def k_m(g: Geometry, base: Q) -> Callable[[Tensor], Q]:
-    """llama-quantize's Q4_K_M or Q5_K_M; a tied embedding is typed as the output."""
-
-    def more_bits(i: int, n: int) -> bool:
-        return i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2
-
-    def kind(t: Tensor) -> Q:
-        if t.role is Role.EMBEDDING:
-            return Q.Q6_K
-        assert t.layer is not None
-        down = t.role is Role.EXPERT_DOWN or t.name.endswith("feed_forward.w2.weight")
-        if down and more_bits(t.layer, g.num_hidden_layers):
-            return Q.Q6_K
-        if t.name.endswith("v_proj.weight"):
-            place = g.attention_layers.index(t.layer)
-            return Q.Q6_K if more_bits(place, len(g.attention_layers)) else base
-        return base
-
-    return kind
+def types_of(geometry: Geometry, recipe: Recipe) -> Callable[[Tensor], Q]:
+    """The type that a recipe of K-quants gives each tensor."""
+    schemes = {e.name: e.scheme for e in resolve_plan(geometry, recipe).entries}
+    return lambda t: Q[str(schemes[t.name]).upper()]
 
 
 def collect_importance(sample: Checkpoint, windows: Windows) -> Weights:
@@ -214,23 +181,22 @@ def collect_importance(sample: Checkpoint, windows: Windows) -> Weights:
     return {n: (s / counts[n]).float().numpy() for n, s in sums.items()}
 
 
-def mlx_affine(sample: Checkpoint, group: int) -> tuple[float, Weights]:
+def mlx_affine(sample: Checkpoint, group: int) -> tuple[int, Weights]:
     """Mlx's own quantizer: experts 4 bits, shared weights 8 bits in the same groups."""
     import mlx.core as mx
 
-    bits, weights = 0.0, {}
-    tensors = expected_tensors(sample.geometry)
-    for t in tensors:
+    nbytes, weights = 0, {}
+    for t in expected_tensors(sample.geometry):
         w = sample.read(t.name)
         if t.role in FLOAT_ROLES:
-            bits += 32 * t.size
+            nbytes += 4 * t.size
         else:
             width = 8 if t.expert is None else 4
             packed = mx.quantize(mx.array(w), group_size=group, bits=width)
-            bits += (width + 32 / group) * t.size  # float16 scales and biases
+            nbytes += (width * group + 32) * t.size // group // 8  # float16 scales and biases
             w = np.array(mx.dequantize(*packed, group_size=group, bits=width))
         weights[t.name] = w
-    return bits / sum(t.size for t in tensors), weights
+    return nbytes, weights
 
 
 def judge(reference: Reference, geometry: Geometry, build: Build) -> dict[str, Any]:
@@ -239,7 +205,8 @@ def judge(reference: Reference, geometry: Geometry, build: Build) -> dict[str, A
     found, routing = summarize_scores(compared.scores), compared.routing
     return {
         "name": build.name,
-        "bits_per_weight": build.bits_per_weight,
+        "bytes": build.nbytes,
+        "bits_per_weight": 8 * build.nbytes / sum(t.size for t in expected_tensors(geometry)),
         "kld_mean": found.kld.mean,
         "kld_stderr": found.kld.stderr,
         "perplexity_ratio": found.perplexity_ratio,
@@ -266,6 +233,18 @@ def show(rows: list[dict[str, Any]], reference: Reference) -> None:
             f"{row['seconds']:.0f}",
         )
     Console(width=130).print(table)
+
+
+def compare(rows: dict[str, dict[str, Any]]) -> None:
+    """Builds of llama.cpp's types beside llama.cpp's own."""
+    for recipe in LLAMA_CPP:
+        theirs = rows.get(f"llama.cpp {recipe.upper()}, imatrix")
+        for way in ("nearest", "calibrated"):
+            mine = rows.get(f"{recipe}, {way}")
+            if mine and theirs:
+                ratio = mine["kld_mean"] / theirs["kld_mean"]
+                sizes = f"{mine['bytes']:,} bytes of tensors, llama.cpp's {theirs['bytes']:,}"
+                print(f"{mine['name']}: {ratio:.3f} of llama.cpp's mean KLD; {sizes}")
 
 
 if __name__ == "__main__":

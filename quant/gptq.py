@@ -104,7 +104,9 @@ def quantize(w: F32, moments: Moments, scheme: Scheme, *, sweeps: int = SWEEPS) 
 
 
 # For grids: what their compiled kernels work on, and the same algorithm for a GPU.
-_GRIDS: tuple[tuple[tuple[Grid, ...], Callable[[Scheme, tuple[int, ...]], GridState], _OnDevice], ...] = (
+_GRIDS: tuple[
+    tuple[tuple[Grid, ...], Callable[[Scheme, tuple[int, ...]], GridState], _OnDevice], ...
+] = (
     (("symmetric",), SymmetricState, gptq_torch.quantize_rows),
     (("affine", "asymmetric"), OffsetState, offset_torch.quantize_rows),
     (("superblock",), SuperblockState, superblock_torch.quantize_rows),

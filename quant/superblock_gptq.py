@@ -8,7 +8,7 @@
   code the value of least loss, all others fixed. With g the gradient and H the moments, a change
   along a and b, by t and u, changes the loss by
   ``t^2 a'Ha + 2 t u a'Hb + u^2 b'Hb + 2 (t a'g + u b'g)``: a = step q and b = -shift for d and
-  dmin; a = d q and b = -dmin for step and shift, where the whole numbers beside the least are tried.
+  dmin; a = d q and b = -dmin for step and shift, where whole numbers beside the least are tried.
 
 32 columns are taken at a time: a sub-block of 4 or 5 bits, two of 6. There q is signed and nothing
 is shifted.
@@ -56,7 +56,7 @@ F32 = NDArray[np.float32]
 
 _COLUMNS = 32  # at a time
 _ZERO, _ONE, _TWO = np.float32(0), np.float32(1), np.float32(2)
-_FLOOR = np.float32(0.5)
+_HALF_STEP = np.float32(0.5)
 # Share of the product of curvatures below which scale and offset have the same effect.
 _ALIKE = np.float32(2.0**-16)
 
@@ -295,10 +295,12 @@ def _refit_codes(g, q, d, h, i, start, stop, signed, pair, steps, shifts):  # ty
     low, high = (splat(LOWEST), splat(HIGHEST)) if signed else (zero, splat(TOP_CODE))
     if signed:
         move = ratio(down_a, aa)
-    below = nearest(step + ratio(move, size) - _FLOOR, low, high)
+    below = nearest(step + ratio(move, size) - _HALF_STEP, low, high)
     best, along, up, chosen, moved = zero, zero, zero, step, shift
     for trial in range(3):
-        candidate = step if trial == 0 else nearest(below + splat(np.float32(trial - 1)), low, high)
+        candidate = (
+            step if trial == 0 else nearest(below + splat(np.float32(trial - 1)), low, high)
+        )
         by = size * (candidate - step)
         loss, raised, other = by * (by * aa - down_a * _TWO), zero, shift
         if not signed:

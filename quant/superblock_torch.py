@@ -1,8 +1,9 @@
-"""GPTQ and coordinate descent on the superblock grid in torch operations, all rows at once.
+"""GPTQ and coordinate descent on K-quants in torch operations, all rows at once: for a GPU.
 
-The arithmetic of ``lfmq.quant.superblock_gptq``, but for sums, which torch orders itself: nearly
-all codes are equal (tests/quant/test_superblock_torch.py). N rows, B superblocks of 256 columns, G
-groups of g columns, M = N times the groups of a superblock.
+The algorithm of ``lfmq.quant.superblock_gptq``, sub-block by sub-block. Sums are in torch's order,
+and d and dmin of a superblock are those of its largest scales, without the second fit of the
+compiled search: losses are equal to 2 %, codes are not (tests/quant/test_superblock_torch.py).
+N rows, B superblocks of 256 columns, G sub-blocks of g, M rows of sub-blocks.
 """
 
 from dataclasses import dataclass
@@ -11,228 +12,233 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lfmq.quant.types import Quantized, Scheme
+from lfmq.quant.superblock_lanes import MOVES, SPANS, TARGETS
+from lfmq.quant.types import SUPERBLOCK, Quantized, Scheme
 
 _LARGEST = 65504.0  # largest float16
+# As in lfmq.quant.superblock_lanes.
+_FLAT = 2.0**-25
+_SAME = 2.0**-16
 _ALIKE = 2.0**-16
-SPANS = {4: (13.0, 14.0, 14.75, 15.75, 16.75, 17.75, 19.0), 5: (29.0, 30.5, 31.5, 32.5, 34.0, 36.0)}
-MOVES = (-0.4, -0.2, 0.0, 0.2, 0.4)
-TARGETS = {6: (30.0, 31.0, 31.5, 32.0, 32.4, 33.0)}
+
+T = torch.Tensor
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
 class _State:
+    """A weight on its way to the grid; its tensors are filled in and moved in place.
+
+    Attributes:
+        scheme: of the weight.
+        code: [N, K], of 6 bits less the zero point.
+        step: [N, G].
+        shift: [N, G].
+        d: [N, B].
+        dmin: [N, B].
+    """
+
     scheme: Scheme
-    code: torch.Tensor  # [N, K], of 6 bits less the zero point
-    step: torch.Tensor  # [N, G]
-    shift: torch.Tensor  # [N, G]
-    scale: torch.Tensor  # [N, B]
-    offset: torch.Tensor  # [N, B]
+    code: T
+    step: T
+    shift: T
+    d: T
+    dmin: T
 
     @property
-    def limits(self):
-        if self.scheme.has_offset:
-            return 0, self.scheme.highest_code
-        return -self.scheme.zero_point, self.scheme.highest_code - self.scheme.zero_point
+    def signed(self) -> bool:
+        """Whether the grid has 6 bits, and no dmin."""
+        return not self.scheme.has_offset
 
     @property
-    def top(self):
-        return 63 if self.scheme.has_offset else 127
+    def zero(self) -> int:
+        """The code of level 0."""
+        return self.scheme.zero_point if self.signed else 0
 
     @property
-    def low(self):
-        return 0 if self.scheme.has_offset else -128
+    def levels(self) -> tuple[int, int]:
+        """Lowest and highest."""
+        return -self.zero, self.scheme.highest_code - self.zero
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        """Lowest and highest."""
+        return (-128, 127) if self.signed else (0, 63)
+
+    def columns(self, index: int) -> slice:
+        """Those of a sub-block."""
+        return slice(index * self.scheme.group, (index + 1) * self.scheme.group)
+
+    def values(self) -> T:
+        """The weights [N, K]."""
+        group, each = self.scheme.group, SUPERBLOCK // self.scheme.group
+        size = self.d.repeat_interleave(each, 1) * self.step
+        below = self.dmin.repeat_interleave(each, 1) * self.shift
+        return self.code * size.repeat_interleave(group, 1) - below.repeat_interleave(group, 1)
 
 
 def quantize_rows(
-    w: NDArray[np.float32], h: torch.Tensor, factor: torch.Tensor, scheme: Scheme, sweeps: int,
-    opts=None,
+    w: NDArray[np.float32], h: T, factor: T, scheme: Scheme, sweeps: int
 ) -> Quantized:
-    opts = opts or {}
+    """:func:`lfmq.quant.gptq.quantize` where the moments h [K, K] and their factor are.
+
+    Raises:
+        ValueError: ``w`` holds a NaN, an Inf or a value beyond float16.
+    """
     weight = torch.from_numpy(w).to(h.device)
-    n, k = weight.shape
-    g, b = k // scheme.group, k // scheme.span
-    new = weight.new_zeros
-    st = _State(scheme, new(n, k), new(n, g), new(n, g), new(n, b), new(n, b))
-    _round_columns(weight.clone(), factor, st, opts)
-    _descend(weight, h, st, sweeps, opts)
-    zero = 0 if scheme.has_offset else scheme.zero_point
-    out = [
-        (st.code + zero).to(torch.uint8), st.scale.half(), st.offset.half(),
-        st.step.to(torch.int8), st.shift.to(torch.int8),
-    ]
-    c, s, o, a, m = (t.cpu().numpy() for t in out)
-    if not scheme.has_offset:
-        o = m = None
-    return Quantized(c, s, scheme, o, a, m)
+    rows, columns = weight.shape
+    blocks, groups = columns // SUPERBLOCK, columns // scheme.group
+    shapes = (columns, groups, groups, blocks, blocks)
+    state = _State(scheme, *(weight.new_zeros(rows, n) for n in shapes))
+    _round_columns(weight.clone(), factor, state)
+    _descend(weight, h, state, sweeps)
+    code = (state.code + state.zero).to(torch.uint8).cpu().numpy()
+    d, dmin = (t.half().cpu().numpy() for t in (state.d, state.dmin))
+    step, shift = (t.to(torch.int8).cpu().numpy() for t in (state.step, state.shift))
+    if state.signed:
+        return Quantized(code, d, scheme, None, step)
+    return Quantized(code, d, scheme, dmin, step, shift)
 
 
-def _round_columns(w, factor, st, opts):
-    group, span = st.scheme.group, st.scheme.span
-    for index in range(st.step.shape[1]):
-        part = slice(index * group, (index + 1) * group)
-        blk = part.start // span
-        if part.start % span == 0:
-            whole = slice(part.start, part.start + span)
-            cost = 1 / factor[whole, whole].diagonal().square()
-            _search_span(w[:, whole], cost / cost.mean(), st, blk, opts)
+def _round_columns(w: T, factor: T, state: _State) -> None:
+    """Fill in the state, using up ``w``."""
+    sound = torch.ones((), dtype=torch.bool, device=w.device)
+    costs = 1 / factor.diagonal().square()
+    for index in range(state.step.shape[1]):
+        part, block = state.columns(index), index * state.scheme.group // SUPERBLOCK
+        if part.start % SUPERBLOCK == 0:
+            whole = slice(part.start, part.start + SUPERBLOCK)
+            _search_block(w[:, whole], costs[whole] / costs[whole].mean(), state, block)
         x, u = w[:, part], factor[part, part]
-        cost = 1 / u.diagonal().square()
-        _search_group(x, cost / cost.mean(), st, index, blk)
-        s = st.scale[:, blk] * st.step[:, index]
-        base = -st.offset[:, blk] * st.shift[:, index]
-        error = torch.empty_like(x)
-        inv = _inverse(s)
-        for c in range(group):
-            q = ((x[:, c] - base) * inv).round().clamp(*st.limits)
-            st.code[:, part.start + c] = q
-            error[:, c] = (x[:, c] - (q * s + base)) / u[c, c]
+        sound &= (x.abs() <= _LARGEST).all()
+        _choose(x, costs[part] / costs[part].mean(), state, index, block)
+        size = state.d[:, block] * state.step[:, index]
+        below = state.dmin[:, block] * state.shift[:, index]
+        inverse, error = _inverse(size), torch.empty_like(x)
+        for c in range(x.shape[1]):
+            q = ((x[:, c] + below) * inverse).round().clamp(*state.levels)
+            state.code[:, part.start + c] = q
+            error[:, c] = (x[:, c] - (q * size - below)) / u[c, c]
             x[:, c + 1 :] -= error[:, c, None] * u[c, c + 1 :]
         w[:, part.stop :] -= error @ factor[part, part.stop :]
+    if not sound:
+        raise ValueError("a weight is NaN, Inf or beyond float16")
 
 
-def _search_span(x, h, st, blk, opts):
-    n, g = len(x), st.scheme.group
-    groups = x.reshape(-1, g)  # [N * S, g]
-    hh = h.reshape(1, -1, g).expand(n, -1, -1).reshape(-1, g)
-    if st.scheme.has_offset:
-        s, m = (v.view(n, -1) for v in _real_offset(groups, hh, st))
-        room = opts.get("room", 63)
-        scale = _half(s.amax(1) / room)
-        offset = _half(m.amax(1) / room)
+def _search_block(x: T, h: T, state: _State, block: int) -> None:
+    """Search d and dmin of a superblock [N, 256] with importance h [256]."""
+    group = state.scheme.group
+    parts, importance = x.reshape(-1, group), h.reshape(-1, group).repeat(len(x), 1)
+    s, m = (found.view(len(x), -1) for found in _fit(parts, importance, state))
+    if state.signed:
+        widest = s.gather(1, s.abs().argmax(1, keepdim=True))[:, 0]
+        state.d[:, block] = _half(widest / -128)
     else:
-        s = _real_symmetric(groups, hh, st).view(n, -1)
-        big = s.gather(1, s.abs().argmax(1, keepdim=True))[:, 0]
-        scale = _half(big / -128)
-        m = torch.zeros_like(s)
-        offset = torch.zeros_like(scale)
-    for _ in range(opts.get("refits", 2)):
-        step = (s * _inverse(scale)[:, None]).round().clamp(st.low, st.top)
-        shift = (m * _inverse(offset)[:, None]).round().clamp(0, 63)
-        ss, bb = (scale[:, None] * step).reshape(-1, 1), -(offset[:, None] * shift).reshape(-1, 1)
-        q = ((groups - bb) * _inverse(ss)).round().clamp(*st.limits)
-        p = (q.view(n, -1, g) * step[..., None]).reshape(n, -1)
-        r = -shift.repeat_interleave(g, 1)
-        pp, pr, rr = ((h * a * b).sum(1) for a, b in ((p, p), (p, r), (r, r)))
-        xp, xr = (h * x * p).sum(1), (h * x * r).sum(1)
-        det = pp * rr - pr * pr
-        ok = det > 1e-5 * pp * rr
-        sc = torch.where(ok, (rr * xp - pr * xr) / det, _divide(xp - pr * offset, pp))
-        scale = _half(sc)
-        offset = _half(_divide(xr - pr * scale, rr))
-    st.scale[:, blk], st.offset[:, blk] = scale, offset
+        state.d[:, block] = _half(s.amax(1) / 63)
+        state.dmin[:, block] = _half(m.amax(1) / 63)
 
 
-def _search_group(x, h, st, index, blk):
-    d, dm = st.scale[:, blk], st.offset[:, blk]
-    hh = h[None]
+def _choose(x: T, h: T, state: _State, index: int, block: int) -> None:
+    """Step and shift of a sub-block [N, g] with importance h [g]."""
+    d, dmin = state.d[:, block], state.dmin[:, block]
+    s, m = _fit(x, h[None], state)
+    first = (s * _inverse(d)).round()
     best = torch.full_like(d, torch.inf)
-    if st.scheme.has_offset:
-        s, m = _real_offset(x, hh, st)
-    else:
-        s, m = _real_symmetric(x, hh, st), torch.zeros_like(d)
-    step0 = (s * _inverse(d)).round()
-    shift0 = (m * _inverse(dm)).round()
-    bs, bm = step0.clamp(st.low, st.top), shift0.clamp(0, 63)
-    for ds in (-1, 0, 1):
-        for dsh in ((-1, 0, 1) if st.scheme.has_offset else (0,)):
-            step = (step0 + ds).clamp(st.low, st.top)
-            shift = (shift0 + dsh).clamp(0, 63)
-            a, b = d * step, -dm * shift
-            q = ((x - b[:, None]) * _inverse(a)[:, None]).round().clamp(*st.limits)
-            e = (hh * (x - q * a[:, None] - b[:, None]).square()).sum(1)
-            better = e < best
-            best = torch.where(better, e, best)
-            bs, bm = torch.where(better, step, bs), torch.where(better, shift, bm)
-    st.step[:, index], st.shift[:, index] = bs, bm
+    for beside in (-1, 0, 1):
+        step = (first + beside).clamp(*state.steps)
+        size = d * step
+        inverse, shift = _inverse(size), torch.zeros_like(step)
+        if not state.signed:
+            q = ((x + m[:, None]) * inverse[:, None]).round().clamp(*state.levels)
+            wanted = (h * (size[:, None] * q - x)).sum(1) / h.sum()
+            shift = _divide(wanted, dmin).round().clamp(0, 63)
+        below = (dmin * shift)[:, None]
+        q = ((x + below) * inverse[:, None]).round().clamp(*state.levels)
+        error = (h * (x - q * size[:, None] + below).square()).sum(1)
+        better = error < best
+        best = torch.where(better, error, best)
+        state.step[:, index] = torch.where(better, step, state.step[:, index])
+        state.shift[:, index] = torch.where(better, shift, state.shift[:, index])
 
 
-def _real_offset(x, h, st):
-    """Real scale and min >= 0 of groups."""
-    top = st.scheme.highest_code
-    low, high = x.amin(1).clamp(max=0), x.amax(1)
-    width = (high - low).clamp(min=0)
-    sh, sx = h.sum(1), (h * x).sum(1)
-    best = torch.full_like(low, -1)
-    s, m = torch.zeros_like(low), (-low).clamp(min=0)
+def _fit(x: T, h: T, state: _State) -> tuple[T, T]:
+    """Real scale and offset [M] of sub-blocks [M, g], x = s q - m; h [M, g] or [1, g]."""
+    return _fit_signed(x, h, state) if state.signed else _fit_shifted(x, h, state)
 
-    def fit(q):
+
+def _fit_shifted(x: T, h: T, state: _State) -> tuple[T, T]:
+    top, bits = state.levels[1], state.scheme.bits
+    low, high = x.amin(1).clamp(max=0), x.amax(1).clamp(min=0)
+    width = torch.where(high - low >= _FLAT, high - low, 0)
+    middle = low + width * 0.5
+    total, sx = h.sum(1), (h * x).sum(1)
+    best, s, m = (torch.full_like(low, value) for value in (-torch.inf, 0, 0))
+    trials = [(t, move) for t in SPANS[bits].tolist() for move in MOVES[bits].tolist()]
+    for trial in (*trials, None):
+        if trial is None:
+            inverse = _inverse(s)
+            base = m * inverse
+        else:
+            inverse = _divide(torch.full_like(width, trial[0]), width)
+            base = top * 0.5 - trial[1] - middle * inverse
+        q = (x * inverse[:, None] + base[:, None]).round().clamp(0, top)
         hq = h * q
-        sq, sqq, sqx = hq.sum(1), (hq * q).sum(1), (hq * x).sum(1)
-        det = sh * sqq - sq * sq
-        a = torch.where(det > 1e-5 * sh * sqq, (sh * sqx - sq * sx) / det, 0).clamp(min=0)
-        b = (sx - a * sq) / sh
-        plain = b > 0
-        a = torch.where(plain, _divide(sqx, sqq).clamp(min=0), a)
-        b = torch.where(plain, 0, b)
-        gain = 2 * (a * sqx + b * sx) - (a * a * sqq + 2 * a * b * sq + b * b * sh)
-        return a, -b, gain
-
-    for t in SPANS[st.scheme.bits]:
-        inv = _divide(torch.full_like(width, t), width)
-        for move in MOVES:
-            q = ((x - low[:, None]) * inv[:, None] + move - (t - top) / 2).round().clamp(0, top)
-            a, b, gain = fit(q)
-            better = gain > best
-            best, s, m = (torch.where(better, u, v) for u, v in ((gain, best), (a, s), (b, m)))
-    for _ in range(2):
-        q = ((x + m[:, None]) * _inverse(s)[:, None]).round().clamp(0, top)
-        a, b, gain = fit(q)
+        q1, q2, qx = hq.sum(1), (hq * q).sum(1), (hq * x).sum(1)
+        along, spread = qx - q1 * sx / total, q2 - q1 * q1 / total
+        fitted = torch.where(spread > _SAME * q2, along.clamp(min=0) / spread, 0)
+        lowered = (fitted * q1 - sx) / total
+        through = _divide(qx.clamp(min=0), q2)
+        gain = torch.where(lowered < 0, through * qx - sx * sx / total, fitted * along)
+        fitted = torch.where(lowered < 0, through, fitted)
         better = gain > best
-        best, s, m = (torch.where(better, u, v) for u, v in ((gain, best), (a, s), (b, m)))
+        best, s = torch.where(better, gain, best), torch.where(better, fitted, s)
+        m = torch.where(better, lowered.clamp(min=0), m)
     return s, m
 
 
-def _real_symmetric(x, h, st):
+def _fit_signed(x: T, h: T, state: _State) -> tuple[T, T]:
     peak = x.gather(1, x.abs().argmax(1, keepdim=True))[:, 0]
-    best, s = torch.full_like(peak, -1), torch.zeros_like(peak)
-
-    def fit(inv):
-        q = (x * inv[:, None]).round().clamp(*st.limits)
-        xq, qq = (h * q * x).sum(1), (h * q * q).sum(1)
-        a = _divide(xq, qq)
-        return a, a * xq
-
-    for t in TARGETS[6]:
-        a, gain = fit(_divide(torch.full_like(peak, -t), peak))
-        better = gain > best
-        best, s = torch.where(better, gain, best), torch.where(better, a, s)
-    return fit(_inverse(s))[0]
+    best, s = torch.full_like(peak, -torch.inf), torch.zeros_like(peak)
+    for target in (*TARGETS.tolist(), None):
+        inverse = _inverse(s) if target is None else _divide(torch.full_like(s, -target), peak)
+        q = (x * inverse[:, None]).round().clamp(*state.levels)
+        qx, q2 = (h * q * x).sum(1), (h * q * q).sum(1)
+        fitted = _divide(qx, q2)
+        better = fitted * qx > best
+        best, s = torch.where(better, fitted * qx, best), torch.where(better, fitted, s)
+    return s, torch.zeros_like(s)
 
 
-def _descend(w, h, st, sweeps, opts):
-    group, span = st.scheme.group, st.scheme.span
-    each = span // group
-    gradient = (_values(st) - w) @ h
-    for index in list(range(st.step.shape[1])) * sweeps:
-        part = slice(index * group, (index + 1) * group)
-        blk = index // each
-        if index % each == 0 and opts.get("whole", True):
-            whole = slice(part.start, part.start + span)
-            spread = [c[:, blk*each:(blk+1)*each].repeat_interleave(group, 1) for c in (st.step, st.shift)]
-            change = refit_scales(st.scale[:, blk], st.offset[:, blk], st.code[:, whole]*spread[0], spread[1], gradient[:, whole], h[whole, whole], signed=not st.scheme.has_offset)
-            gradient += change @ h[whole]
-        change = _descend_group(gradient[:, part].clone(), st, index, blk, h[part, part])
-        gradient += change @ h[part]
-
-
-def _values(st):
-    group, each = st.scheme.group, st.scheme.span // st.scheme.group
-    s = st.scale.repeat_interleave(each, 1) * st.step
-    b = -st.offset.repeat_interleave(each, 1) * st.shift
-    return st.code * s.repeat_interleave(group, 1) + b.repeat_interleave(group, 1)
+def _descend(w: T, h: T, state: _State, sweeps: int) -> None:
+    """Coordinate descent on scales and codes under moments h [K, K], in place."""
+    group = state.scheme.group
+    each = SUPERBLOCK // group
+    gradient = (state.values() - w) @ h  # [N, K], half of it
+    for index in list(range(state.step.shape[1])) * sweeps:
+        part, block = state.columns(index), index // each
+        d, dmin = state.d[:, block], state.dmin[:, block]
+        if index % each == 0:
+            whole, mine = slice(part.start, part.start + SUPERBLOCK), slice(index, index + each)
+            step, shift = (
+                codes[:, mine].repeat_interleave(group, 1) for codes in (state.step, state.shift)
+            )
+            along, near = state.code[:, whole] * step, h[whole, whole]
+            g = gradient[:, whole]
+            moved = refit_scales(d, dmin, along, shift, g, near, signed=state.signed)
+            gradient += moved @ h[whole]
+        g = gradient[:, part].clone()
+        gradient += _descend_group(g, state, index, block, h[part, part]) @ h[part]
 
 
 def refit_scales(
-    d: torch.Tensor,
-    dmin: torch.Tensor,
-    along: torch.Tensor,
-    shift: torch.Tensor,
-    gradient: torch.Tensor,
-    h: torch.Tensor,
+    d: T,
+    dmin: T,
+    along: T,
+    shift: T,
+    gradient: T,
+    h: T,
     *,
     signed: bool,
-) -> torch.Tensor:
+) -> T:
     """Move d and dmin [N] of a superblock to float16 values of less loss, in place.
 
     Args:
@@ -265,55 +271,61 @@ def refit_scales(
     return along * by[:, None] - shift * up[:, None]
 
 
-def _descend_group(g, st, index, blk, h):
-    group = st.scheme.group
-    part = slice(index * group, (index + 1) * group)
-    q, step, shift = st.code[:, part], st.step[:, index], st.shift[:, index]
-    d, dm = st.scale[:, blk], st.offset[:, blk]
-    hq = q @ h
-    ss, so, oo = (q * hq).sum(1), hq.sum(1), h.sum()
-    down_s, down_o = -(q * g).sum(1), -g.sum(1)
-    det = ss * oo - so * so
-    both = (det > 2**-16 * ss * oo) & (dm != 0)
-    real = torch.where(both, (oo * down_s - so * down_o) / det, _divide(down_s, ss))
-    want = step + real * _inverse(d)
-    best = torch.zeros_like(d)
-    bs, bm = step.clone(), shift.clone()
-    for cand in (step, want.floor(), want.ceil()):
-        cand = cand.clamp(st.low, st.top)
-        ds = d * (cand - step)
-        if st.scheme.has_offset:
-            move = (down_o - so * ds) / oo
-            csh = (shift - move * _inverse(dm)).round().clamp(0, 63)
-        else:
-            csh = shift
-        do = -dm * (csh - shift)
-        loss = ds * (ds * ss - 2 * down_s) + do * (do * oo + 2 * (ds * so - down_o))
-        better = loss < best
-        best = torch.where(better, loss, best)
-        bs, bm = torch.where(better, cand, bs), torch.where(better, csh, bm)
-    change = q * (d * (bs - step))[:, None] - (dm * (bm - shift))[:, None]
-    step.copy_(bs)
-    shift.copy_(bm)
+def _descend_group(g: T, state: _State, index: int, block: int, h: T) -> T:
+    """Refit step, shift and each code of a sub-block; its weights' change, [N, g]."""
+    q, d = state.code[:, state.columns(index)], state.d[:, block]
+    change = _refit_codes(g, q, state, index, block, h)
     g += change @ h
-    s = d * step
-    inverse = _inverse(s)
-    for j in range(group):
-        new = (q[:, j] - g[:, j] / h[j, j] * inverse).round().clamp(*st.limits)
-        moved = (new - q[:, j]) * s
+    size = d * state.step[:, index]
+    inverse = _inverse(size)
+    for j in range(q.shape[1]):
+        new = (q[:, j] - g[:, j] / h[j, j] * inverse).round().clamp(*state.levels)
+        moved = (new - q[:, j]) * size
         q[:, j] = new
         change[:, j] += moved
         g += moved[:, None] * h[j]
     return change
 
 
-def _divide(a, b):
+def _refit_codes(g: T, q: T, state: _State, index: int, block: int, h: T) -> T:
+    """Move step and shift to whole numbers of less loss; the weights' change, [N, g]."""
+    d, dmin = state.d[:, block], state.dmin[:, block]
+    step, shift = state.step[:, index], state.shift[:, index]
+    hq = q @ h
+    aa, ab, bb = (q * hq).sum(1), hq.sum(1), h.sum()
+    down_a, down_b = -(q * g).sum(1), -g.sum(1)
+    move, rest = _divide(down_a, aa), aa * bb - ab * ab
+    if not state.signed:
+        joint = (bb * down_a - ab * down_b) / rest
+        move = torch.where(rest > _ALIKE * aa * bb, joint, move)
+    below = (step + move * _inverse(d) - 0.5).round()
+    best, new_step, new_shift = torch.zeros_like(d), step.clone(), shift.clone()
+    for trial in (step, below, below + 1):
+        candidate, other = trial.clamp(*state.steps), shift
+        by = d * (candidate - step)
+        if not state.signed:
+            wanted = shift - (down_b - ab * by) / bb * _inverse(dmin)
+            other = wanted.round().clamp(0, 63)
+        up = dmin * (shift - other)
+        loss = by * (by * aa - 2 * down_a) + up * (up * bb + 2 * (by * ab - down_b))
+        better = loss < best
+        best = torch.where(better, loss, best)
+        new_step = torch.where(better, candidate, new_step)
+        new_shift = torch.where(better, other, new_shift)
+    change = q * (d * (new_step - step))[:, None] - (dmin * (new_shift - shift))[:, None]
+    step.copy_(new_step)
+    shift.copy_(new_shift)
+    return change
+
+
+def _divide(a: T, b: T) -> T:
+    """The quotient, 0 where the divisor is 0."""
     return torch.where(b == 0, 0, a / b)
 
 
-def _inverse(s):
+def _inverse(s: T) -> T:
     return _divide(torch.ones_like(s), s)
 
 
-def _half(v):
-    return v.clamp(-_LARGEST, _LARGEST).half().float()
+def _half(values: T) -> T:
+    return values.clamp(-_LARGEST, _LARGEST).half().float()
