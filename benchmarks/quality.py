@@ -163,7 +163,7 @@ def tensor_bytes(sample: Checkpoint, plan: Plan) -> int:
 def types_of(geometry: Geometry, recipe: Recipe) -> Callable[[Tensor], Q]:
     """The type that a recipe of K-quants gives each tensor."""
     schemes = {e.name: e.scheme for e in resolve_plan(geometry, recipe).entries}
-    return lambda t: Q[str(schemes[t.name]).upper()]
+    return lambda t: GGMLQuantizationType[str(schemes[t.name]).upper()]
 
 
 def collect_importance(sample: Checkpoint, windows: Windows) -> Weights:

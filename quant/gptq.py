@@ -137,7 +137,8 @@ def _round_columns(w: torch.Tensor, moments: Moments, grid: GridState) -> None:
 
 def _importance(cost: F32) -> F32:
     """Costs of errors in some columns, of mean 1."""
-    return (cost / cost.mean()).astype(np.float32)
+    importance: F32 = cost / cost.mean()
+    return importance
 
 
 def _descend(w: torch.Tensor, h: torch.Tensor, grid: GridState, sweeps: int) -> None:

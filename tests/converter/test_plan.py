@@ -17,6 +17,7 @@ from lfmq.formats.registry import FORMATS
 from lfmq.quant.errors import PlanError
 from lfmq.quant.types import EXPERT_ROLES, FLOAT_ROLES, Geometry, LayerType, Role, Scheme
 
+DOWN_WIDE = (0, 1, 2, 5, 8, 11, 14, 17, 20, 21, 22, 23)
 ATTENTION = (2, 6, 10, 14, 18, 21)
 # llama.cpp's Q4_K_M of LFM2.5-8B-A1B, which `int4` promises not to exceed
 Q4_K_M_BYTES = 5_150_000_000
@@ -170,6 +171,36 @@ def test_settings_gguf_cannot_express_are_refused_by_it_alone(make_checkpoint):
         builds = {b.format: b for b in plan_builds(checkpoint, plan, FORMATS)}
         assert next(iter(change)) in str(builds["gguf"].refused)
         assert builds["mlx"].refused is builds["onnx"].refused is None
+
+
+@pytest.mark.parametrize(("recipe", "bits"), [("q4_k_m", 4), ("q5_k_m", 5), ("q6_k", 6)])
+def test_llama_cpps_types_are_those_of_its_quantizer(lfm25, recipe, bits):
+    """What ``llama-quantize --dry-run`` lists for LFM2.5-8B-A1B."""
+    wide = {f"layers.{i}.feed_forward.{e}w2" for i in DOWN_WIDE for e in ("", "experts.31.")}
+    wide |= {f"layers.{i}.self_attn.v_proj" for i in (10, 21)} | {"embed_tokens"}
+    for entry in resolve_plan(lfm25, load_recipe(recipe)).entries:
+        if entry.scheme is None or entry.expert not in (None, 31):
+            continue
+        short = entry.name.removeprefix("model.").removesuffix(".weight")
+        assert entry.scheme.grid == "superblock"
+        assert entry.scheme.bits == (6 if short in wide else bits), entry.name
+
+
+def test_more_bits_counts_the_layers_that_have_such_a_tensor(lfm25):
+    """Value projections among layers of attention, in a model of any depth."""
+    types = ("conv", "conv", "full_attention", "conv", "full_attention", "conv")
+    small = replace(lfm25, num_hidden_layers=6, layer_types=types)
+    wide = {
+        (e.role, e.layer)
+        for e in resolve_plan(small, load_recipe("q4_k_m")).entries
+        if e.scheme is not None and e.scheme.bits == 6
+    }
+    assert wide == {
+        (Role.EMBEDDING, None),
+        (Role.ATTENTION, 4),
+        (Role.EXPERT_DOWN, 2),
+        (Role.EXPERT_DOWN, 5),
+    }
 
 
 def test_groups_that_do_not_divide_a_row_are_refused(tiny_geometry):

@@ -17,7 +17,7 @@ def rule(text):
 
 
 def test_the_built_in_recipes():
-    assert set(builtin_recipes()) >= {"int4", "int4-all", "int8"}
+    assert set(builtin_recipes()) >= {"int4", "int4-all", "int8", "q4_k_m", "q5_k_m", "q6_k"}
     assert DEFAULT_RECIPE == "int4"
     for name in builtin_recipes():
         recipe = load_recipe(name)
@@ -67,6 +67,12 @@ def test_layers_and_experts_are_numbers_or_ranges(text, numbers):
     assert rule(f"bits = 4\nexperts = {text}").experts == numbers
 
 
+def test_more_bits_stands_for_layers_that_a_model_decides():
+    found = rule('bits = 4\nlayers = "more_bits"')
+    assert found.more_bits
+    assert not found.layers
+
+
 def test_roles_and_sets_of_roles():
     assert rule('bits = 4\nroles = ["experts"]').roles == set(EXPERT_ROLES)
     assert rule('bits = 4\nroles = "conv"').roles == {Role.CONV}
@@ -94,6 +100,7 @@ def test_roles_and_sets_of_roles():
         ("bits = 4\nexperts = [[1]]", "experts has"),
         ("bits = 4\nnames = 3", "names is 3, expected a list of str"),
         ("bits = 4\nroles = [1]", "roles is"),
+        ('bits = 4\nlayers = ["more_bits"]', "layers has 'more_bits'"),
         ('bits = 4\nroles = "norm"', "role 'norm' is float in every build"),
         ('bits = 4\nroles = "all"', "unknown role 'all'; known: experts"),
         ("bits = 4\nlayer = 1", "rule 1: unknown key 'layer'; known: bits"),
@@ -120,6 +127,6 @@ def test_what_is_no_recipe(text):
 def test_a_file_that_cannot_be_read(tmp_path, content):
     path = tmp_path / "mine.toml"
     path.mkdir() if content is None else path.write_bytes(content)
-    known = r"neither a built-in recipe \(int4, int4-all, int4-mixed, int8\)"
+    known = r"neither a built-in recipe \(int4, int4-all, int4-mixed, int8, q4_k_m, q5_k_m, q6_k\)"
     with pytest.raises(RecipeError, match=known):
         load_recipe(str(path))
