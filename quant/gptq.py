@@ -41,6 +41,7 @@ DAMPING = 0.1
 # What they are worth: docs/quantization.md.
 SWEEPS = 3
 F32 = NDArray[np.float32]
+_Start = Callable[[Scheme, tuple[int, ...]], GridState]
 _OnDevice = Callable[[F32, torch.Tensor, torch.Tensor, Scheme, int], Quantized]
 
 
@@ -92,25 +93,24 @@ def quantize(w: F32, moments: Moments, scheme: Scheme, *, sweeps: int = SWEEPS) 
     rows = len(w)
     if w.shape[1] % scheme.span:
         raise ValueError(f"rows of {w.shape[1]} do not divide into groups of {scheme.span}")
-    _, state, on_device = next(kind for kind in _GRIDS if scheme.grid in kind[0])
+    start, on_device = _GRIDS[scheme.grid]
     if moments.damped.device.type != "cpu":
         return on_device(w, moments.damped, moments.factor, scheme, sweeps)
     w = whole_lanes(w)
-    grid = state(scheme, w.shape)
+    grid = start(scheme, w.shape)
     _round_columns(torch.from_numpy(w.copy()), moments, grid)
     if sweeps:
         _descend(torch.from_numpy(w), moments.damped, grid, sweeps)
     return grid.finish().map(lambda array: array[:rows])
 
 
-# For grids: what their compiled kernels work on, and the same algorithm for a GPU.
-_GRIDS: tuple[
-    tuple[tuple[Grid, ...], Callable[[Scheme, tuple[int, ...]], GridState], _OnDevice], ...
-] = (
-    (("symmetric",), SymmetricState, gptq_torch.quantize_rows),
-    (("affine", "asymmetric"), OffsetState, offset_torch.quantize_rows),
-    (("superblock",), SuperblockState, superblock_torch.quantize_rows),
-)
+# By grid: the state that its compiled kernels work on, and the same algorithm for a GPU.
+_GRIDS: dict[Grid, tuple[_Start, _OnDevice]] = {
+    "symmetric": (SymmetricState, gptq_torch.quantize_rows),
+    "affine": (OffsetState, offset_torch.quantize_rows),
+    "asymmetric": (OffsetState, offset_torch.quantize_rows),
+    "superblock": (SuperblockState, superblock_torch.quantize_rows),
+}
 
 
 def _round_columns(w: torch.Tensor, moments: Moments, grid: GridState) -> None:
