@@ -12,15 +12,30 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from lfmq.quant.columns import refit_codes, round_columns, spread
 from lfmq.quant.grid_state import GridState, by_rows
-from lfmq.quant.lanes import invert, load_group, nearest_level, round_half
-from lfmq.quant.offset_lanes import MOVES, SPANS, WORK, search_offset
+from lfmq.quant.offset_lanes import MOVES, SPANS, search_offset
 from lfmq.quant.offset_rtn import stored_offset
 from lfmq.quant.types import Quantized, Scheme
-from lfmq.quant.vector import LANES
+from lfmq.quant.vector import (
+    LANES,
+    half,
+    least,
+    load,
+    load_columns,
+    most,
+    nearest,
+    ratio,
+    splat,
+    store,
+    store_columns,
+    where_above,
+    where_within,
+)
 
 F32 = NDArray[np.float32]
 
+_ZERO, _ONE, _TWO = np.float32(0), np.float32(1), np.float32(2)
 _LARGEST = np.float32(65504)  # largest float16
 # Share of the product of curvatures below which scale and offset have the same effect.
 _ALIKE = np.float32(2.0**-16)
@@ -69,38 +84,29 @@ class OffsetState(GridState):
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _round_group(w, u, h, affine, top, spans, moves, level, scale, offset, error):  # type: ignore[no-untyped-def] # pragma: no cover
-    """Search and round a group [N, g]: fill in codes, scale, offset and the error to spread."""
+    """Search and round a group [N, g]: fill in codes, scale, offset and the error to spread.
+
+    N is a multiple of 16, as in the next.
+    """
     rows, group = w.shape
-    x = np.zeros((group, LANES), np.float32)
-    e = np.zeros((group, LANES), np.float32)
-    s = np.zeros(LANES, np.float32)
-    b = np.zeros(LANES, np.float32)
-    zero = np.zeros(LANES, np.float32)
-    inverse = np.zeros(LANES, np.float32)
-    code = np.zeros(LANES, np.float32)
-    work = np.zeros((WORK, LANES), np.float32)
+    x = np.empty((group, LANES), np.float32)
+    e = np.empty((group, LANES), np.float32)
+    found = np.empty((2, LANES), np.float32)
+    lowest, highest = splat(_ZERO), splat(top)
     sound = True
     for row in range(0, rows, LANES):
-        lanes = min(LANES, rows - row)
-        load_group(w, row, 0, lanes, x)
-        found = search_offset(x, h, affine, top, spans, moves, s, b, zero, inverse, work)
-        sound = found and sound
-        for c in range(group):
-            reciprocal = np.float32(1) / u[c, c]
-            for lane in range(LANES):
-                q = nearest_level((x[c, lane] - b[lane]) * inverse[lane], np.float32(0), top)
-                code[lane] = q
-                e[c, lane] = (x[c, lane] - (q * s[lane] + b[lane])) * reciprocal
-            for lane in range(lanes):
-                level[row + lane, c] = code[lane]
-            for j in range(c + 1, group):
-                for lane in range(LANES):
-                    x[j, lane] -= e[c, lane] * u[c, j]
-        for lane in range(lanes):
-            scale[row + lane] = s[lane]
-            offset[row + lane] = b[lane] if affine else zero[lane]
-            for c in range(group):
-                error[row + lane, c] = e[c, lane]
+        for j in range(0, group, 2 * LANES):
+            load_columns(w, row, j, x, j)
+        s, inverse, b, zero, finite = search_offset(x, h, affine, top, spans, moves)
+        sound = finite and sound
+        round_columns(x, e, u, s, inverse, b, lowest, highest)
+        store(found, 0, s)
+        store(found, 1, b if affine else zero)
+        for lane in range(LANES):
+            scale[row + lane], offset[row + lane] = found[0, lane], found[1, lane]
+        for j in range(0, group, 2 * LANES):
+            store_columns(level, row, j, x, j)
+            store_columns(error, row, j, e, j)
     return sound
 
 
@@ -108,140 +114,100 @@ def _round_group(w, u, h, affine, top, spans, moves, level, scale, offset, error
 def _descend_group(gradient, h, affine, top, level, scale, offset, change):  # type: ignore[no-untyped-def] # pragma: no cover
     """Refit scale, offset and codes of a group [N, g] in place; fill in its weights' change."""
     rows, group = gradient.shape
-    g = np.zeros((group, LANES), np.float32)
-    q = np.zeros((group, LANES), np.float32)
-    d = np.zeros((group, LANES), np.float32)
-    s = np.zeros(LANES, np.float32)
-    o = np.zeros(LANES, np.float32)
-    inverse = np.zeros(LANES, np.float32)
-    work = np.zeros((8, LANES), np.float32)
+    g = np.empty((group, LANES), np.float32)
+    q = np.empty((group, LANES), np.float32)
+    d = np.empty((group, LANES), np.float32)
+    found = np.empty((2, LANES), np.float32)
+    lowest, highest = splat(_ZERO), splat(top)
     for row in range(0, rows, LANES):
-        lanes = min(LANES, rows - row)
-        load_group(gradient, row, 0, lanes, g)
-        load_group(level, row, 0, lanes, q)
-        s[:] = np.float32(0)
-        o[:] = np.float32(0)
-        for lane in range(lanes):
-            s[lane] = scale[row + lane]
-            o[lane] = offset[row + lane]
-        _measure(g, q, h, affine, o, work)
-        if affine:
-            _refit_affine(s, o, work)
-        else:
-            _refit_zero(s, o, top, work)
-        _spread_steps(g, q, h, d, work[0], work[1])
-        invert(s, np.float32(1), inverse)
-        for j in range(group):
-            _refit_code(j, g, q, d, h, top, s, inverse, work[0])
-        for lane in range(lanes):
-            scale[row + lane] = s[lane]
-            offset[row + lane] = o[lane]
-            for j in range(group):
-                level[row + lane, j] = q[j, lane]
-                change[row + lane, j] = d[j, lane]
-
-
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _measure(g, q, h, affine, o, work):  # type: ignore[no-untyped-def] # pragma: no cover
-    """Slopes -p'g and -1'g and curvatures p'Hp, p'H1 and 1'H1; p = q, or q - zero.
-
-    They lie in ``work[2:7]``; ``work[7]`` is p's zero.
-    """
-    hp, ones = work[0], work[1]
-    for lane in range(LANES):
-        work[7, lane] = np.float32(0) if affine else o[lane]
-    work[2:7] = np.float32(0)
-    for j in range(q.shape[0]):
-        hp[:] = np.float32(0)
-        ones[:] = np.float32(0)
-        for k in range(q.shape[0]):
-            for lane in range(LANES):
-                hp[lane] += h[j, k] * (q[k, lane] - work[7, lane])
-                ones[lane] += h[j, k]
+        for j in range(0, group, 2 * LANES):
+            load_columns(gradient, row, j, g, j)
+            load_columns(level, row, j, q, j)
         for lane in range(LANES):
-            p = q[j, lane] - work[7, lane]
-            work[2, lane] -= p * g[j, lane]
-            work[3, lane] -= g[j, lane]
-            work[4, lane] += p * hp[lane]
-            work[5, lane] += hp[lane]
-            work[6, lane] += ones[lane]
+            found[0, lane], found[1, lane] = scale[row + lane], offset[row + lane]
+        s, o = load(found, 0), load(found, 1)
+        zero = splat(_ZERO) if affine else o
+        sums = _measure(g, q, h, zero)
+        if affine:
+            s, o, along, up = _refit_affine(s, o, sums)
+        else:
+            s, o, along, up = _refit_zero(s, o, top, zero, sums)
+        _spread_steps(g, q, h, d, along, up)
+        inverse = ratio(splat(_ONE), s)
+        refit_codes(g, q, d, h, s, inverse, lowest, highest)
+        store(found, 0, s)
+        store(found, 1, o)
+        for lane in range(LANES):
+            scale[row + lane], offset[row + lane] = found[0, lane], found[1, lane]
+        for j in range(0, group, 2 * LANES):
+            store_columns(level, row, j, q, j)
+            store_columns(change, row, j, d, j)
 
 
 @njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _refit_affine(s, o, work):  # type: ignore[no-untyped-def] # pragma: no cover
-    """Move scale and offset to float16 values of less loss; steps along q and 1 in work[:2]."""
-    down_s, down_o, ss, so, oo = work[2], work[3], work[4], work[5], work[6]
-    new_s, new_o = work[0], work[1]
-    for lane in range(LANES):
-        product = ss[lane] * oo[lane]
-        rest = product - so[lane] * so[lane]
-        step = (oo[lane] * down_s[lane] - so[lane] * down_o[lane]) / rest
-        moves = rest > _ALIKE * product and s[lane] + step > np.float32(0)
-        new_s[lane] = s[lane] + (step if moves else np.float32(0))
-    round_half(new_s)
-    for lane in range(LANES):
-        step = new_s[lane] - s[lane]
-        slope = down_o[lane] - so[lane] * step
-        real = o[lane] + (slope / oo[lane] if oo[lane] > np.float32(0) else np.float32(0))
-        new_o[lane] = min(max(real, -_LARGEST), _LARGEST)
-    round_half(new_o)
-    for lane in range(LANES):
-        ds, do = new_s[lane] - s[lane], new_o[lane] - o[lane]
-        loss = ds * (ds * ss[lane] - np.float32(2) * down_s[lane])
-        loss += do * (do * oo[lane] + np.float32(2) * (ds * so[lane] - down_o[lane]))
-        better = loss < np.float32(0) and new_s[lane] <= _LARGEST
-        work[0, lane] = ds if better else np.float32(0)
-        work[1, lane] = do if better else np.float32(0)
-        s[lane] = s[lane] + work[0, lane]
-        o[lane] = o[lane] + work[1, lane]
+def _measure(g, q, h, zero):  # type: ignore[no-untyped-def] # pragma: no cover
+    """Slopes -p'g and -1'g and curvatures p'Hp, p'H1 and 1'H1 of p = q - zero."""
+    down_p, down_1, pp, p1, ones = splat(_ZERO), splat(_ZERO), splat(_ZERO), splat(_ZERO), _ZERO
+    for j in range(0, q.shape[0], 4):  # four sums at a time: each waits for itself only
+        a, b, c, d = splat(_ZERO), splat(_ZERO), splat(_ZERO), splat(_ZERO)
+        for k in range(q.shape[0]):
+            p = load(q, k) - zero
+            a = a + p * h[j, k]
+            b = b + p * h[j + 1, k]
+            c = c + p * h[j + 2, k]
+            d = d + p * h[j + 3, k]
+            ones += (h[j, k] + h[j + 1, k]) + (h[j + 2, k] + h[j + 3, k])
+        for i, hp in enumerate((a, b, c, d)):
+            p, slope = load(q, j + i) - zero, load(g, j + i)
+            down_p = down_p - p * slope
+            down_1 = down_1 - slope
+            pp = pp + p * hp
+            p1 = p1 + hp
+    return down_p, down_1, pp, p1, splat(ones)
 
 
 @njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _refit_zero(s, o, top, work):  # type: ignore[no-untyped-def] # pragma: no cover
-    """Move the scale, then the zero by whole codes; steps along q and 1 in work[:2]."""
-    down_s, down_o, ss, so, oo = work[2], work[3], work[4], work[5], work[6]
-    fitted = work[0]
-    for lane in range(LANES):
-        real = s[lane] + (down_s[lane] / ss[lane] if ss[lane] > np.float32(0) else np.float32(0))
-        fitted[lane] = min(max(real, np.float32(0)), _LARGEST)
-    round_half(fitted)
-    for lane in range(LANES):
-        ds = fitted[lane] - s[lane]
-        better = ds * (ds * ss[lane] - np.float32(2) * down_s[lane]) < np.float32(0)
-        ds = ds if better and fitted[lane] > np.float32(0) else np.float32(0)
-        new_s = s[lane] + ds
-        curve = oo[lane] * new_s
-        slope = down_o[lane] - so[lane] * ds
-        move = -slope / curve if curve > np.float32(0) else np.float32(0)
-        new_o = nearest_level(o[lane] + move, np.float32(0), top)
-        # p = q - zero moves by ds p, then by -s times the zero's step
-        work[1, lane] = -ds * work[7, lane] - new_s * (new_o - o[lane])
-        work[0, lane] = ds
-        s[lane] = new_s
-        o[lane] = new_o
+def _refit_affine(s, o, sums):  # type: ignore[no-untyped-def] # pragma: no cover
+    """Scale and offset moved to float16 values of less loss; their steps along q and 1."""
+    down_s, down_o, ss, so, oo = sums
+    nothing = splat(_ZERO)
+    product = ss * oo
+    rest = product - so * so
+    step = (oo * down_s - so * down_o) / rest
+    step = where_above(rest, product * _ALIKE, step, nothing)
+    ds = half(where_above(s + step, nothing, s + step, s)) - s
+    slope = down_o - so * ds
+    real = o + where_above(oo, nothing, slope / oo, nothing)
+    do = half(least(most(real, splat(-_LARGEST)), splat(_LARGEST))) - o
+    loss = ds * (ds * ss - down_s * _TWO) + do * (do * oo + (ds * so - down_o) * _TWO)
+    loss = where_within(s + ds, splat(_LARGEST), loss, nothing)
+    ds = where_above(nothing, loss, ds, nothing)
+    do = where_above(nothing, loss, do, nothing)
+    return s + ds, o + do, ds, do
+
+
+@njit(nogil=True, cache=True, error_model="numpy", inline="always")
+def _refit_zero(s, o, top, zero, sums):  # type: ignore[no-untyped-def] # pragma: no cover
+    """The scale moved, then the zero by whole codes; their steps along q and 1."""
+    down_s, down_o, ss, so, oo = sums
+    nothing = splat(_ZERO)
+    real = s + where_above(ss, nothing, down_s / ss, nothing)
+    fitted = half(least(most(real, nothing), splat(_LARGEST)))
+    ds = fitted - s
+    loss = ds * (ds * ss - down_s * _TWO)
+    ds = where_above(fitted, nothing, where_above(nothing, loss, ds, nothing), nothing)
+    new_s = s + ds
+    curve = oo * new_s
+    slope = down_o - so * ds
+    move = where_above(curve, nothing, -slope / curve, nothing)
+    new_o = nearest(o + move, nothing, splat(top))
+    # p = q - zero moves by ds p, then by -s times the zero's step
+    return new_s, new_o, ds, -ds * zero - new_s * (new_o - o)
 
 
 @njit(nogil=True, cache=True, error_model="numpy", inline="always")
 def _spread_steps(g, q, h, d, along, up):  # type: ignore[no-untyped-def] # pragma: no cover
     """What steps of scale and offset do to weights and gradient."""
     for k in range(q.shape[0]):
-        for lane in range(LANES):
-            d[k, lane] = q[k, lane] * along[lane] + up[lane]
-        for j in range(q.shape[0]):
-            for lane in range(LANES):
-                g[j, lane] += d[k, lane] * h[k, j]
-
-
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _refit_code(j, g, q, d, h, top, s, inverse, step):  # type: ignore[no-untyped-def] # pragma: no cover
-    """Move code j to the one of least loss and the gradient with it."""
-    reciprocal = np.float32(1) / h[j, j]
-    for lane in range(LANES):
-        moved = q[j, lane] - g[j, lane] * reciprocal * inverse[lane]
-        new = nearest_level(moved, np.float32(0), top)
-        step[lane] = (new - q[j, lane]) * s[lane]
-        q[j, lane] = new
-        d[j, lane] += step[lane]
-    for k in range(q.shape[0]):
-        for lane in range(LANES):
-            g[k, lane] += step[lane] * h[j, k]
+        store(d, k, load(q, k) * along + up)
+    spread(g, d, h)

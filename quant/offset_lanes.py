@@ -9,15 +9,28 @@ fitted to it and rounded in turn, and the codes are chosen last.
 ``asymmetric``: the offset is an integer code, so that 0 is exact. Candidates are the zero points
 next to that of the range with t levels over it; the rest is the symmetric grid's search.
 
-As in ``lfmq.quant.lanes`` every sum is taken in order in float32, without fused multiply-add.
+A group runs down a lane of vectors (``lfmq.quant.vector``): every sum is taken in order in
+float32, without fused multiply-add.
 """
 
 import numpy as np
 from numba import njit
 
-from lfmq.quant.lanes import invert, nearest_level, round_half
-from lfmq.quant.vector import LANES
+from lfmq.quant.vector import (
+    absolute,
+    any_above,
+    half,
+    least,
+    load,
+    most,
+    nearest,
+    ratio,
+    splat,
+    where_above,
+    where_within,
+)
 
+_ZERO, _ONE, _HALF = np.float32(0), np.float32(1), np.float32(0.5)
 _LARGEST = np.float32(65504)  # largest float16
 # A range below 2^-25 has steps that float16 rounds to 0, whatever the candidate.
 _FLAT = np.float32(2.0**-25)
@@ -43,164 +56,132 @@ MOVES = {
     ("asymmetric", 4): np.array([-1.0, 0.0, 1.0], np.float32),
     ("asymmetric", 8): np.array([0.0], np.float32),
 }
-WORK = 13  # rows of lanes that a search needs
 
 
 @njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def search_offset(x, h, affine, top, spans, moves, s, b, zero, inverse, work):  # type: ignore[no-untyped-def] # pragma: no cover
-    """The best float16 scale and offset of each lane; False for a weight float16 lacks.
+def search_offset(x, h, affine, top, spans, moves):  # type: ignore[no-untyped-def] # pragma: no cover
+    """The best float16 scale and offset of each lane of x [group, 16].
 
-    Fills in the scale ``s``, its inverse, ``b`` with ``w = s q + b``, and ``zero``, the zero point
-    of the asymmetric grid.
+    Returns:
+        The scale s, its inverse, b with ``w = s q + b``, the zero point of the asymmetric grid,
+        and False for a weight float16 lacks.
     """
-    sound = _find_range(x, work[0], work[1])
+    low, high, sound = _find_range(x)
+    zero = splat(_ZERO)
     if affine:
-        _search_affine(x, h, top, spans, moves, s, b, inverse, work)
+        s, b = _search_affine(x, h, low, high, top, spans, moves)
     else:
-        _search_zero(x, h, top, spans, moves, s, b, zero, inverse, work)
-    return sound
+        s, zero = _search_zero(x, h, low, high, top, spans, moves)
+        b = -(s * zero)
+    return s, ratio(splat(_ONE), s), b, zero, sound
 
 
 @njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _find_range(x, low, high):  # type: ignore[no-untyped-def] # pragma: no cover
-    low[:] = x[0]
-    high[:] = x[0]
-    outside = np.int32(0)
+def _find_range(x):  # type: ignore[no-untyped-def] # pragma: no cover
+    low, high, outside = load(x, 0), load(x, 0), splat(_ZERO)
     for j in range(x.shape[0]):
-        for lane in range(LANES):
-            value = x[j, lane]
-            low[lane] = min(low[lane], value)
-            high[lane] = max(high[lane], value)
-            outside |= np.int32(not abs(value) <= _LARGEST)
-    return outside == 0
+        value = load(x, j)
+        low, high = least(value, low), most(value, high)
+        outside = where_within(absolute(value), splat(_LARGEST), outside, splat(_ONE))
+    return low, high, not any_above(outside, splat(_ZERO))
 
 
 @njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _search_affine(x, h, top, spans, moves, s, b, inverse, work):  # type: ignore[no-untyped-def] # pragma: no cover
-    span, middle, best, shift, sums = work[0], work[1], work[2], work[3], work[4:9]
-    fitted, offset, share, sx = work[9], work[10], work[11], work[12]
-    centre = top * np.float32(0.5)
-    for lane in range(LANES):
-        low, high = work[0, lane], work[1, lane]
-        span[lane] = high - low if high - low >= _FLAT else np.float32(0)
-        middle[lane] = low + (high - low) * np.float32(0.5)
-    _weigh(x, h, middle, share, sx)
-    best[:] = np.float32(-1)
-    s[:] = np.float32(0)
-    b[:] = np.float32(0)
+def _width(low, high):  # type: ignore[no-untyped-def] # pragma: no cover
+    return where_within(splat(_FLAT), high - low, high - low, splat(_ZERO))
+
+
+@njit(nogil=True, cache=True, error_model="numpy", inline="always")
+def _search_affine(x, h, low, high, top, spans, moves):  # type: ignore[no-untyped-def] # pragma: no cover
+    zero, one = splat(_ZERO), splat(_ONE)
+    centre = splat(top * _HALF)
+    span, middle = _width(low, high), low + (high - low) * _HALF
+    share, sx = _weigh(x, h, middle)
+    best, s, b = splat(-_ONE), zero, zero
     for t in range(spans.size):
-        invert(span, spans[t], inverse)
+        inverse = ratio(splat(spans[t]), span)
         for m in range(moves.size):
-            shift[:] = centre - moves[m]
-            _sum_affine(x, h, middle, inverse, shift, top, sums)
-            _solve(sums, share, sx, fitted, offset)
-            for lane in range(LANES):
-                gain = fitted[lane] * sums[3, lane]
-                better = gain > best[lane]
-                best[lane] = gain if better else best[lane]
-                s[lane] = fitted[lane] if better else s[lane]
-                b[lane] = offset[lane] if better else b[lane]
+            sp, spp, spx = _sum_affine(x, h, middle, inverse, centre - moves[m], top)
+            fitted, offset, along = _solve(sp, spp, spx, share, sx)
+            gain = fitted * along
+            s = where_above(gain, best, fitted, s)
+            b = where_above(gain, best, offset, b)
+            best = where_above(gain, best, gain, best)
+    sp = zero
     for _ in range(2):
-        invert(s, np.float32(1), inverse)
-        for lane in range(LANES):
-            shift[lane] = centre - b[lane] * inverse[lane]
-        _sum_affine(x, h, middle, inverse, shift, top, sums)
-        _solve(sums, share, sx, s, b)
-    round_half(s)
-    for lane in range(LANES):
-        real = middle[lane] + (
-            (sx[lane] - s[lane] * sums[0, lane]) * share[lane] - s[lane] * centre
-        )
-        b[lane] = min(max(real, -_LARGEST), _LARGEST)
-    round_half(b)
-    invert(s, np.float32(1), inverse)
+        inverse = ratio(one, s)
+        sp, spp, spx = _sum_affine(x, h, middle, inverse, centre - b * inverse, top)
+        s, b, _along = _solve(sp, spp, spx, share, sx)
+    s = half(s)
+    real = middle + ((sx - s * sp) * share - s * centre)
+    return s, half(least(most(real, splat(-_LARGEST)), splat(_LARGEST)))
 
 
 @njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _weigh(x, h, middle, share, sx):  # type: ignore[no-untyped-def] # pragma: no cover
+def _weigh(x, h, middle):  # type: ignore[no-untyped-def] # pragma: no cover
     """1 / sum h, 0 without any importance, and sum h u of weights u = x - middle."""
-    total = np.float32(0)
+    total, sx = _ZERO, splat(_ZERO)
     for j in range(h.size):
         total += h[j]
-    share[:] = np.float32(0) if total == np.float32(0) else np.float32(1) / total
-    sx[:] = np.float32(0)
     for j in range(x.shape[0]):
-        for lane in range(LANES):
-            sx[lane] += h[j] * (x[j, lane] - middle[lane])
+        sx = sx + (load(x, j) - middle) * h[j]
+    return ratio(splat(_ONE), splat(total)), sx
 
 
 @njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _sum_affine(x, h, middle, inverse, shift, top, sums):  # type: ignore[no-untyped-def] # pragma: no cover
+def _sum_affine(x, h, middle, inverse, shift, top):  # type: ignore[no-untyped-def] # pragma: no cover
     """Sums h p, h p p and h p u of the codes, counted as p from the middle of the grid."""
-    sums[:3] = np.float32(0)
-    centre = top * np.float32(0.5)
+    sp, spp, spx = splat(_ZERO), splat(_ZERO), splat(_ZERO)
+    lowest, highest, centre = splat(_ZERO), splat(top), splat(top * _HALF)
     for j in range(x.shape[0]):
-        for lane in range(LANES):
-            u = x[j, lane] - middle[lane]
-            p = nearest_level(u * inverse[lane] + shift[lane], np.float32(0), top) - centre
-            hp = h[j] * p
-            sums[0, lane] += hp
-            sums[1, lane] += hp * p
-            sums[2, lane] += hp * u
+        u = load(x, j) - middle
+        p = nearest(u * inverse + shift, lowest, highest) - centre
+        hp = p * h[j]
+        sp = sp + hp
+        spp = spp + hp * p
+        spx = spx + hp * u
+    return sp, spp, spx
 
 
 @njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _solve(sums, share, sx, s, b):  # type: ignore[no-untyped-def] # pragma: no cover
-    """The regression of u on p: slope s, intercept b; sums[3] is what s times gives its gain."""
-    for lane in range(LANES):
-        mean = sums[0, lane] * share[lane]
-        spread = sums[1, lane] - mean * sums[0, lane]
-        along = sums[2, lane] - mean * sx[lane]
-        same = not spread > _SAME * sums[1, lane]
-        s[lane] = np.float32(0) if same else max(along, np.float32(0)) / spread
-        b[lane] = (sx[lane] - s[lane] * sums[0, lane]) * share[lane]
-        sums[3, lane] = along
+def _solve(sp, spp, spx, share, sx):  # type: ignore[no-untyped-def] # pragma: no cover
+    """The regression of u on p: slope, intercept, and what slope times gives its gain."""
+    zero = splat(_ZERO)
+    mean = sp * share
+    spread, along = spp - mean * sp, spx - mean * sx
+    s = where_above(spread, spp * _SAME, most(along, zero) / spread, zero)
+    return s, (sx - s * sp) * share, along
 
 
 @njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _search_zero(x, h, top, spans, moves, s, b, zero, inverse, work):  # type: ignore[no-untyped-def] # pragma: no cover
-    span, first, best, tried, xp, pp = work[0], work[1], work[2], work[3], work[4], work[5]
-    for lane in range(LANES):
-        low, high = min(work[0, lane], np.float32(0)), max(work[1, lane], np.float32(0))
-        span[lane] = high - low if high - low >= _FLAT else np.float32(0)
-        first[lane] = -low
-    invert(span, top, inverse)
-    for lane in range(LANES):
-        first[lane] = nearest_level(first[lane] * inverse[lane], np.float32(0), top)
-    best[:] = np.float32(-1)
-    s[:] = np.float32(0)
-    zero[:] = first
+def _search_zero(x, h, low, high, top, spans, moves):  # type: ignore[no-untyped-def] # pragma: no cover
+    lowest, highest = splat(_ZERO), splat(top)
+    low, high = least(low, lowest), most(high, lowest)
+    span = _width(low, high)
+    first = nearest(-low * ratio(highest, span), lowest, highest)
+    best, s, zero = splat(-_ONE), splat(_ZERO), first
     for m in range(moves.size):
-        for lane in range(LANES):
-            tried[lane] = min(max(first[lane] + moves[m], np.float32(0)), top)
+        tried = least(most(first + moves[m], lowest), highest)
         for t in range(spans.size):
-            invert(span, spans[t], inverse)
-            _sum_zero(x, h, inverse, tried, top, xp, pp)
-            for lane in range(LANES):
-                fitted = np.float32(0) if pp[lane] == np.float32(0) else xp[lane] / pp[lane]
-                gain = fitted * xp[lane]
-                better = gain > best[lane]
-                best[lane] = gain if better else best[lane]
-                s[lane] = fitted if better else s[lane]
-                zero[lane] = tried[lane] if better else zero[lane]
-    invert(s, np.float32(1), inverse)
-    _sum_zero(x, h, inverse, zero, top, xp, pp)
-    for lane in range(LANES):
-        s[lane] = np.float32(0) if pp[lane] == np.float32(0) else xp[lane] / pp[lane]
-    round_half(s)
-    for lane in range(LANES):
-        b[lane] = -s[lane] * zero[lane]
-    invert(s, np.float32(1), inverse)
+            xp, pp = _sum_zero(x, h, ratio(splat(spans[t]), span), tried, top)
+            fitted = ratio(xp, pp)
+            gain = fitted * xp
+            s = where_above(gain, best, fitted, s)
+            zero = where_above(gain, best, tried, zero)
+            best = where_above(gain, best, gain, best)
+    xp, pp = _sum_zero(x, h, ratio(splat(_ONE), s), zero, top)
+    return half(ratio(xp, pp)), zero
 
 
 @njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _sum_zero(x, h, inverse, zero, top, xp, pp):  # type: ignore[no-untyped-def] # pragma: no cover
+def _sum_zero(x, h, inverse, zero, top):  # type: ignore[no-untyped-def] # pragma: no cover
     """Sums h p x and h p p of the levels p = q - zero."""
-    xp[:] = np.float32(0)
-    pp[:] = np.float32(0)
+    xp, pp = splat(_ZERO), splat(_ZERO)
+    low, high = -zero, splat(top) - zero
     for j in range(x.shape[0]):
-        for lane in range(LANES):
-            p = nearest_level(x[j, lane] * inverse[lane], -zero[lane], top - zero[lane])
-            hp = h[j] * p
-            xp[lane] += hp * x[j, lane]
-            pp[lane] += hp * p
+        value = load(x, j)
+        p = nearest(value * inverse, low, high)
+        hp = p * h[j]
+        xp = xp + hp * value
+        pp = pp + hp * p
+    return xp, pp

@@ -12,7 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfmq.quant import offset_rtn, superblock_rtn, symmetric_rtn
-from lfmq.quant.types import Quantized, Scheme, widened
+from lfmq.quant.types import Quantized, Scheme
+
+_GRIDS = {
+    "symmetric": symmetric_rtn.quantize_rows,
+    "affine": offset_rtn.quantize_rows,
+    "asymmetric": offset_rtn.quantize_rows,
+    "superblock": superblock_rtn.quantize_rows,
+}
 
 
 def quantize(
@@ -33,15 +40,11 @@ def quantize(
         raise ValueError(f"rows of {shape[-1]} do not divide into groups of {scheme.span}")
     h = np.ones(shape[-1], np.float32) if importance is None else importance
     h = h.astype(np.float32, copy=False)
-    if w.dtype == ml_dtypes.bfloat16 and scheme.grid in ("symmetric", "superblock"):
+    if w.dtype == ml_dtypes.bfloat16:
         rows: NDArray[Any] = np.ascontiguousarray(w).view(np.uint16).reshape(-1, shape[-1])
     else:
-        rows = np.ascontiguousarray(widened(w)).reshape(-1, shape[-1])
-    if scheme.grid == "symmetric":
-        return _reshape(symmetric_rtn.quantize_rows(rows, h, scheme), shape)
-    if scheme.grid == "superblock":
-        return _reshape(superblock_rtn.quantize_rows(rows, h, scheme), shape)
-    return _reshape(offset_rtn.quantize_rows(rows, h, scheme), shape)
+        rows = np.ascontiguousarray(w, np.float32).reshape(-1, shape[-1])
+    return _reshape(_GRIDS[scheme.grid](rows, h, scheme), shape)
 
 
 def _reshape(q: Quantized, shape: tuple[int, ...]) -> Quantized:

@@ -8,6 +8,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from lfmq.quant.columns import refit_codes, round_columns, spread
 from lfmq.quant.grid_state import GridState, by_rows
 from lfmq.quant.symmetric_lanes import TARGETS, search_scale
 from lfmq.quant.types import Quantized, Scheme
@@ -16,7 +17,6 @@ from lfmq.quant.vector import (
     half,
     load,
     load_columns,
-    nearest,
     ratio,
     splat,
     store,
@@ -78,14 +78,7 @@ def _round_group(w, u, h, low, high, targets, level, scale, error):  # type: ign
             load_columns(w, row, j, x, j)
         s, inverse, finite = search_scale(x, h, lowest, highest, targets)
         sound = finite and sound
-        for c in range(group):
-            value = load(x, c)
-            q = nearest(value * inverse, lowest, highest)
-            missing = (value - q * s) * (_ONE / u[c, c])
-            store(x, c, q)
-            store(e, c, missing)
-            for j in range(c + 1, group):
-                store(x, j, load(x, j) - missing * u[c, j])
+        round_columns(x, e, u, s, inverse, splat(_ZERO), lowest, highest)
         store(found, 0, s)
         for lane in range(LANES):
             scale[row + lane] = found[0, lane]
@@ -114,17 +107,11 @@ def _descend_group(gradient, h, low, high, level, scale, change):  # type: ignor
         for lane in range(LANES):
             found[0, lane] = scale[row + lane]
         s, step = _refit_scale(g, q, h, load(found, 0))
-        _spread_scale(g, q, h, d, step)
-        inverse = ratio(splat(_ONE), s)
         for j in range(group):
-            before = load(q, j)
-            moved = before - load(g, j) * (_ONE / h[j, j]) * inverse
-            after = nearest(moved, lowest, highest)
-            move = (after - before) * s
-            store(q, j, after)
-            store(d, j, load(d, j) + move)
-            for k in range(j + 1, group):
-                store(g, k, load(g, k) + move * h[j, k])
+            store(d, j, load(q, j) * step)
+        spread(g, d, h)
+        inverse = ratio(splat(_ONE), s)
+        refit_codes(g, q, d, h, s, inverse, lowest, highest)
         store(found, 0, s)
         for lane in range(LANES):
             scale[row + lane] = found[0, lane]
@@ -154,22 +141,3 @@ def _refit_scale(g, q, h, s):  # type: ignore[no-untyped-def] # pragma: no cover
     change = step * (step * curve - down * _TWO)
     step = where_above(splat(_ZERO), change, step, splat(_ZERO))
     return s + step, step
-
-
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _spread_scale(g, q, h, d, step):  # type: ignore[no-untyped-def] # pragma: no cover
-    """What a step of the scale does to weights and gradient."""
-    for k in range(q.shape[0]):
-        store(d, k, load(q, k) * step)
-    for j in range(0, q.shape[0], 4):
-        a, b, c, e = load(g, j), load(g, j + 1), load(g, j + 2), load(g, j + 3)
-        for k in range(q.shape[0]):
-            move = load(d, k)
-            a = a + move * h[k, j]
-            b = b + move * h[k, j + 1]
-            c = c + move * h[k, j + 2]
-            e = e + move * h[k, j + 3]
-        store(g, j, a)
-        store(g, j + 1, b)
-        store(g, j + 2, c)
-        store(g, j + 3, e)
