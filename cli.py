@@ -140,7 +140,7 @@ def plan(
         )
         return
     print_tables(roles_table(widths.plan), planned_table(builds))
-    if widths.groups:
+    if widths.units:
         print_tables(widths_table(widths))
     if widths.kld is not None:
         click.echo(f"predicted mean KL divergence: {widths.kld:.6f} nats a token")

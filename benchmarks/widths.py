@@ -2,7 +2,8 @@
 
 Every plan is converted with calibration on the sample and judged on held-out text. A rule gives 8
 bits to a share of the expert weights; at the bytes of its build a budget chooses for itself, by
-stacks as GGUF and MLX hold them and by experts as ONNX does.
+layers as engines read compressed-tensors, by stacks as GGUF and MLX hold them, and by experts as
+ONNX does.
 """
 
 import argparse
@@ -12,7 +13,7 @@ from ablation import judge, load
 from rich.console import Console
 from rich.table import Table
 
-from lfmq.converter.budget import Budget, choose_widths, predicted_kld
+from lfmq.converter.budget import Limits, choose_widths, predicted_kld
 from lfmq.converter.calibration import Settings
 from lfmq.converter.checkpoint import Checkpoint, open_checkpoint
 from lfmq.converter.collect import collect
@@ -67,7 +68,8 @@ def plans(sample: Checkpoint, statistics: Statistics) -> list[tuple[str, str, Re
     for share, named in rules.items():
         for name, rule in named.items():
             found.append((share, name, ruled(name, rule)))
-        for unit, container in (("stack", "gguf"), ("expert", "onnx")):
+        units = (("layer", "compressed-tensors"), ("stack", "gguf"), ("expert", "onnx"))
+        for unit, container in units:
             module = FORMATS[container]
             like = {"1/3": 1 / 3, "1/2": 1 / 2, "2/3": 2 / 3}[share]
             least, most = (
@@ -75,13 +77,13 @@ def plans(sample: Checkpoint, statistics: Statistics) -> list[tuple[str, str, Re
                 for r in ("int4", "int8")
             )
             # a page of header is what exceptions may take
-            limit = Budget(least + like * (most - least) + 4096, False)
+            limit = least + like * (most - least) + 4096
             chosen = choose_widths(
                 sample.geometry,
                 sample.assets,
                 load_recipe("int4"),
                 statistics,
-                limit,
+                Limits({container: limit}, {}),
                 {container: module},
             )
             found.append((share, f"budget, by {unit}", chosen.recipe))

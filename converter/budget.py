@@ -1,31 +1,50 @@
-"""Which expert weights get 8 bits: the most fidelity that a number of bytes buys.
+"""Which grid each weight gets: the most fidelity that a number of bytes buys.
 
-The weights that must share a width form groups; each format names its own (``WIDTHS``), and a
-plan for several formats takes the finest groups that all of them can hold. Moving a group from 4
-to 8 bits costs bytes and wins predicted KL divergence: what its weights lose at each width
-(``lfmq.converter.statistics``), times what an error of its layer costs at the head. Every weight
-of an expert has the same number of entries, so all groups of one granularity cost the same and
-taking them by gain a byte solves the knapsack exactly.
+Weights that must share a grid form units; each format names its own for experts (``WIDTHS``), and
+a plan for several formats takes the finest units that all of them can hold. Every choice of a
+unit takes bytes, all in all and of those read for a token, and costs KL divergence
+(``lfmq.converter.prediction``); ``lfmq.converter.allocation`` finds the least cost within limits.
+
+A ``budget`` chooses 4 or 8 bits for experts and leaves the shared weights to the recipe. A recipe
+that says ``choose = "all"`` has every weight chosen, among all grids that the format holds.
 """
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from lfmq.converter.allocation import allocate
 from lfmq.converter.checkpoint import Checkpoint
 from lfmq.converter.collect import collect
 from lfmq.converter.memory import parse_bytes
+from lfmq.converter.peers import PEERS, peer_bytes
 from lfmq.converter.plan import resolve_plan
-from lfmq.converter.recipe import Recipe, parse_recipe
-from lfmq.converter.statistics import LOSS_BITS, Statistics, has_losses
+from lfmq.converter.prediction import Cost, Prediction
+from lfmq.converter.recipe import Limit, Recipe
+from lfmq.converter.statistics import SCHEMES, Statistics, has_losses
 from lfmq.converter.text import Windows
+from lfmq.converter.units import (
+    FormatBytes,
+    Unit,
+    chosen_rules,
+    expert_units,
+    format_costs,
+    rest_bytes,
+    shared_units,
+)
 from lfmq.formats.build import Assets, Format
 from lfmq.quant.errors import RecipeError, ValidationError
-from lfmq.quant.types import EXPERT_ROLES, Entry, Geometry, Plan, Role
+from lfmq.quant.types import Entry, Geometry, Plan, Scheme
 
 _PER_WEIGHT = re.compile(r"(\d+(?:\.\d+)?)\s*bpw", re.IGNORECASE)
+_PORTABLE = (Scheme(4), Scheme(8))
+# How often a choice is made again with the routed divergence as the last one found it.
+_ROUNDS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,44 +77,27 @@ def parse_budget(text: str) -> Budget:
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
-    """Expert weights that share a width.
-
-    Attributes:
-        layer: of the model.
-        label: of the group in the layer, as tables show it.
-        entries: its weights.
-        kld: predicted contribution at each width of ``LOSS_BITS``, nats.
-    """
-
-    layer: int
-    label: str
-    entries: tuple[Entry, ...]
-    kld: tuple[float, ...]
-
-    @property
-    def gain(self) -> float:
-        """What 8 bits win over 4, nats for each weight."""
-        return (self.kld[0] - self.kld[1]) / sum(e.size for e in self.entries)
-
-
-@dataclass(frozen=True, slots=True)
 class Widths:
     """A recipe with its widths settled.
 
     Attributes:
-        recipe: with a budget, the base's rules and those the choice adds; its text can be saved.
+        recipe: with limits, the base's rules and those the choice adds; its text can be saved.
         plan: the recipe resolved.
-        groups: what the budget chose among, by layer; empty without one.
-        wide: indices of the groups at 8 bits.
+        units: what was chosen among, by layer; empty without limits.
+        choice: for each unit the index of its scheme.
         kld: predicted mean KL divergence of the build, nats; None without losses to tell from.
     """
 
     recipe: Recipe
     plan: Plan
-    groups: tuple[Group, ...] = ()
-    wide: frozenset[int] = frozenset()
+    units: tuple[Unit, ...] = ()
+    choice: tuple[int, ...] = ()
     kld: float | None = None
+
+    @property
+    def routed(self) -> float:
+        """The squared routed divergence of what was chosen."""
+        return sum(u.costs[i].routed for u, i in zip(self.units, self.choice, strict=True))
 
     def to_json(self) -> dict[str, Any]:
         """What ``plan`` and ``convert`` report of it."""
@@ -105,14 +107,25 @@ class Widths:
             "predicted_kld": self.kld,
             "widths": [
                 {
-                    "layer": group.layer,
-                    "group": group.label,
-                    "bits": LOSS_BITS[index in self.wide],
-                    "kld": dict(zip(map(str, LOSS_BITS), group.kld, strict=True)),
+                    "layer": unit.layer,
+                    "group": unit.label,
+                    "storage": str(unit.schemes[index]),
+                    "kld": {
+                        str(scheme): unit.marginal(i, self.routed)
+                        for i, scheme in enumerate(unit.schemes)
+                    },
                 }
-                for index, group in enumerate(self.groups)
+                for unit, index in zip(self.units, self.choice, strict=True)
             ],
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What each format's build may take, bytes by format; a format that is absent has no limit."""
+
+    nbytes: Mapping[str, float]
+    token: Mapping[str, float]
 
 
 def settle_widths(
@@ -126,37 +139,260 @@ def settle_widths(
     threads: int = 2,
     device: str = "cpu",
 ) -> Widths:
-    """Resolve a recipe; where it or ``budget`` sets a limit, choose the widths of experts.
+    """Resolve a recipe; where it or ``budget`` sets a limit, choose the widths.
 
     Args:
         checkpoint: what is to be converted.
         recipe: the base.
         formats: that have to hold the plan, by name.
-        statistics: of the checkpoint; with a budget and without them they are gathered.
+        statistics: of the checkpoint; with a limit and without them they are gathered.
         budget: takes the place of the recipe's.
         windows: the text to gather statistics from.
         threads: for gathering.
         device: for gathering.
 
     Raises:
-        RecipeError: the budget is not one, is too small, or there is nothing to choose by.
+        RecipeError: a limit is not one, is too small, or there is nothing to choose by.
         ValidationError: the statistics hold no losses.
     """
-    limit = budget or recipe.budget
     geometry = checkpoint.geometry
-    if limit is None:
+    if budget is not None:
+        recipe = recipe.limited(budget=budget)
+    if recipe.budget is None and recipe.token_budget is None:
         plan = resolve_plan(geometry, recipe)
-        kld = predicted_kld(statistics, plan) if statistics else None
-        return Widths(recipe, plan, kld=kld)
-    found = parse_budget(limit)
+        return Widths(recipe, plan, kld=predicted_kld(statistics, plan) if statistics else None)
     if statistics is None:
         if windows is None:
             raise RecipeError(
-                f"recipe {recipe.name}: widths for a budget of {limit} are chosen by statistics; "
+                f"recipe {recipe.name}: widths for a budget are chosen by statistics; "
                 "give --statistics FILE, made by lfmq calibrate"
             )
+        limits_of(recipe, geometry, checkpoint.assets, formats)  # refuses before the work
         statistics, _ = collect(checkpoint, windows, threads=threads, device=device)
-    return choose_widths(geometry, checkpoint.assets, recipe, statistics, found, formats)
+    limits = limits_of(recipe, geometry, checkpoint.assets, formats)
+    return choose_widths(geometry, checkpoint.assets, recipe, statistics, limits, formats)
+
+
+def limits_of(
+    recipe: Recipe, geometry: Geometry, assets: Assets, formats: Mapping[str, Format]
+) -> Limits:
+    """A recipe's limits in bytes.
+
+    The name of another quantizer's build (``lfmq.converter.peers``) stands for the bytes of its
+    weights; header and tokenizer files come on top.
+
+    Raises:
+        RecipeError: a limit is none.
+    """
+    plan = resolve_plan(geometry, recipe)
+    weights = sum(e.size for e in plan.entries)
+
+    def read(limit: Limit, *, token: bool) -> dict[str, float]:
+        found = {}
+        for name, module in formats.items():
+            text = limit.get(name) if isinstance(limit, Mapping) else limit
+            if text is None:
+                continue
+            if text in PEERS:
+                found[name] = float(peer_bytes(text, geometry)[token])
+                if not token:
+                    layout = module.layout(plan, assets)
+                    named = {e.name for e in plan.entries}
+                    found[name] += rest_bytes(plan, layout, named)[0]
+            else:
+                found[name] = parse_budget(text).nbytes(weights)
+        return found
+
+    return Limits(read(recipe.budget, token=False), read(recipe.token_budget, token=True))
+
+
+def predicted_kld(statistics: Statistics, plan: Plan) -> float | None:
+    """Mean KL divergence of a plan, nats; None when it cannot be told. Floats cost nothing."""
+    if not has_losses(statistics, plan.geometry):
+        return None
+    return Prediction(statistics, plan.geometry).kld(plan)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Everything a choice is made from; limits apart, so that many can be tried.
+
+    Attributes:
+        base: the recipe that rules are added to.
+        plan: with every unit at the fewest bits.
+        units: what is chosen among.
+        fixed: what is not chosen.
+        takes: bytes of each unit's schemes, by format, all and read for a token.
+        rest: by format, bytes that no choice changes, all and read for a token.
+    """
+
+    base: Recipe
+    plan: Plan
+    units: tuple[Unit, ...]
+    fixed: Cost
+    takes: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
+    rest: Mapping[str, tuple[float, float]]
+
+    def choose(self, limits: Limits) -> tuple[int, ...] | None:
+        """The scheme of each unit; None where no choice keeps the limits."""
+        takes, room = [], []
+        for kind, given in enumerate((limits.nbytes, limits.token)):
+            for name, limit in given.items():
+                takes.append(self.takes[name][kind])
+                room.append(limit - self.rest[name][kind])
+        if any(r <= 0 for r in room):
+            return None
+        best: tuple[int, ...] | None = None
+        routed = self._routed(tuple(0 for _ in self.units))
+        for _ in range(_ROUNDS):
+            cost = np.full(takes[0].shape if takes else (len(self.units), 1), np.inf)
+            for row, unit in enumerate(self.units):
+                for index in range(len(unit.schemes)):
+                    cost[row, index] = unit.marginal(index, routed)
+            found = allocate(cost, np.stack(takes), np.array(room))
+            if found is None:
+                return None
+            choice = tuple(int(i) for i in found)
+            if best is not None and self.kld(choice) >= self.kld(best):
+                break
+            best, routed = choice, self._routed(choice)
+        return best
+
+    def kld(self, choice: tuple[int, ...]) -> float:
+        """Predicted mean KL divergence, nats."""
+        total = self.fixed
+        for unit, index in zip(self.units, choice, strict=True):
+            total += unit.costs[index]
+        return total.kld
+
+    def _routed(self, choice: tuple[int, ...]) -> float:
+        found = self.fixed.routed
+        return found + sum(u.costs[i].routed for u, i in zip(self.units, choice, strict=True))
+
+    def recipe(self, choice: tuple[int, ...]) -> Recipe:
+        """The base and rules for every unit."""
+        schemes = [u.schemes[i] for u, i in zip(self.units, choice, strict=True)]
+        rules = chosen_rules(self.units, schemes, self.plan.geometry.num_experts)
+        return self.base.with_rules(rules)
+
+
+def open_choices(
+    geometry: Geometry,
+    assets: Assets,
+    base: Recipe,
+    statistics: Statistics,
+    formats: Mapping[str, Format],
+) -> Choices:
+    """What can be chosen, what it costs and what it takes.
+
+    Raises:
+        ValidationError: the statistics hold no losses.
+    """
+    if not has_losses(statistics, geometry):
+        raise ValidationError(
+            "the statistics hold no losses of weights, so no widths can be chosen from them "
+            "(an imatrix has none); make them with lfmq calibrate"
+        )
+    everything = base.choose == "all"
+    rules = [] if everything else ['[[rule]]\nroles = ["experts"]\nbits = 4']
+    plan = resolve_plan(geometry, base.with_rules(rules))
+    units = expert_units(plan, formats) + (shared_units(plan, formats) if everything else [])
+    named = {e.name for unit in units for e in unit.entries}
+    bytes_at: dict[str, dict[Scheme, FormatBytes]] = {}
+    for name, module in formats.items():
+        found = {s: format_costs(plan, assets, module, s) for s in _candidates(everything)}
+        bytes_at[name] = {s: c for s, c in found.items() if c is not None}
+    schemes = [
+        s for s in _candidates(everything) if all(s in found for found in bytes_at.values())
+    ]
+    prediction = Prediction(statistics, geometry)
+    priced = []
+    for unit in units:
+        costs = [_total(prediction, unit.entries, scheme) for scheme in schemes]
+        priced.append(replace(unit, schemes=tuple(schemes), costs=tuple(costs)))
+    fixed = Cost()
+    for entry in plan.entries:
+        if entry.name not in named and entry.scheme is not None:
+            fixed += prediction.cost(entry, entry.scheme) or Cost()
+    takes = {
+        name: tuple(
+            np.array(
+                [[sum(getattr(found[s], kind)[e.name] for e in u.entries) for s in schemes]
+                 for u in priced]
+            )
+            for kind in ("nbytes", "token")
+        )
+        for name, found in bytes_at.items()
+    }  # fmt: skip
+    rest = {
+        name: rest_bytes(plan, module.layout(plan, assets), named)
+        for name, module in formats.items()
+    }
+    return Choices(base, plan, tuple(priced), fixed, takes, rest)  # type: ignore[arg-type]
+
+
+def _candidates(everything: bool) -> tuple[Scheme, ...]:
+    return SCHEMES if everything else _PORTABLE
+
+
+def _total(prediction: Prediction, entries: Iterable[Entry], scheme: Scheme) -> Cost:
+    total = Cost()
+    for entry in entries:
+        cost = prediction.cost(entry, scheme)
+        assert cost is not None
+        total += cost
+    return total
+
+
+def choose_widths(
+    geometry: Geometry,
+    assets: Assets,
+    base: Recipe,
+    statistics: Statistics,
+    limits: Limits,
+    formats: Mapping[str, Format],
+) -> Widths:
+    """The choice of least predicted divergence within the limits of every format.
+
+    Raises:
+        RecipeError: a limit is below what the smallest choice takes.
+        ValidationError: the statistics hold no losses.
+    """
+    choices = open_choices(geometry, assets, base, statistics, formats)
+    slack = dict.fromkeys(formats, 0.0)
+    while True:
+        tight = Limits({n: b - slack[n] for n, b in limits.nbytes.items()}, limits.token)
+        choice = choices.choose(tight)
+        if choice is None:
+            raise _too_small(choices, assets, limits, formats)
+        recipe = choices.recipe(choice)
+        plan = resolve_plan(geometry, recipe)
+        over = {}
+        for name, module in formats.items():
+            module.check(plan, assets)
+            nbytes = module.layout(plan, assets).nbytes
+            if nbytes > limits.nbytes.get(name, nbytes):
+                over[name] = nbytes - limits.nbytes[name]
+        if not over:
+            return Widths(recipe, plan, choices.units, choice, predicted_kld(statistics, plan))
+        for name, more in over.items():  # headers grow a little with every exception
+            slack[name] += more
+
+
+def _too_small(
+    choices: Choices, assets: Assets, limits: Limits, formats: Mapping[str, Format]
+) -> RecipeError:
+    for kind, given in (("", limits.nbytes), (" a token", limits.token)):
+        for name, limit in given.items():
+            takes, rest = choices.takes[name][bool(kind)], choices.rest[name][bool(kind)]
+            least = int(takes.min(1).sum() + rest)
+            if least > limit:
+                return RecipeError(
+                    f"budget of {int(limit):,} bytes{kind}: {name} needs {least:,} bytes{kind} "
+                    "with all that is chosen at its fewest bits; raise the budget or give other "
+                    "weights fewer bits"
+                )
+    return RecipeError("no choice keeps the limits of bytes and bytes a token together; raise one")
 
 
 def save_recipe(path: Path, recipe: Recipe) -> None:
@@ -170,132 +406,3 @@ def save_recipe(path: Path, recipe: Recipe) -> None:
             file.write(recipe.text)
     except OSError as error:
         raise RecipeError(f"{path}: cannot be written ({error.strerror})") from error
-
-
-def predicted_kld(statistics: Statistics, plan: Plan) -> float | None:
-    """Mean KL divergence of a plan, nats; None when it cannot be told.
-
-    The shared weights count as at 8 bits, whatever their storage; an expert's floats cost nothing.
-    """
-    if not has_losses(statistics, plan.geometry):
-        return None
-    assert statistics.shared is not None
-    total = statistics.shared.kld
-    for entry in plan.entries:
-        if entry.role in EXPERT_ROLES and entry.scheme is not None:
-            if entry.scheme.bits not in LOSS_BITS:
-                return None
-            assert entry.layer is not None
-            width = LOSS_BITS.index(entry.scheme.bits)
-            total += _klds(statistics, entry.layer, [entry])[width]
-    return total
-
-
-def width_groups(
-    plan: Plan, statistics: Statistics, formats: Mapping[str, Format]
-) -> tuple[Group, ...]:
-    """The finest groups that all formats can hold."""
-    parts = {module.WIDTHS for module in formats.values()} - {"weight"}
-    if "layer" in parts or {"expert", "stack"} <= parts:
-        parts = {"layer"}
-    groups: dict[tuple[int, str], list[Entry]] = {}
-    for entry in plan.entries:
-        if entry.role in EXPERT_ROLES:
-            assert entry.layer is not None
-            labels = [f"expert {entry.expert}"] if parts <= {"expert"} else []
-            labels += [entry.role.value] if parts <= {"stack"} else []
-            label = ", ".join(labels) or "experts"
-            groups.setdefault((entry.layer, label), []).append(entry)
-    return tuple(
-        Group(layer, label, tuple(entries), _klds(statistics, layer, entries))
-        for (layer, label), entries in groups.items()
-    )
-
-
-def _klds(statistics: Statistics, layer: int, entries: Iterable[Entry]) -> tuple[float, ...]:
-    found = statistics.layers[layer]
-    each = found.kld / (found.error * statistics.tokens) if found.error else 0.0
-    losses = [statistics.losses[e.name] for e in entries]
-    return tuple(each * sum(loss[i] for loss in losses) for i in range(len(LOSS_BITS)))
-
-
-def choose_widths(
-    geometry: Geometry,
-    assets: Assets,
-    base: Recipe,
-    statistics: Statistics,
-    budget: Budget,
-    formats: Mapping[str, Format],
-) -> Widths:
-    """Give 8 bits to the groups that win most, as far as the budget of every format goes.
-
-    Raises:
-        RecipeError: the budget is below the size at 4 bits.
-        ValidationError: the statistics hold no losses.
-    """
-    if not has_losses(statistics, geometry):
-        raise ValidationError(
-            "the statistics hold no losses of experts, so no widths can be chosen from them "
-            "(an imatrix has none); make them with lfmq calibrate"
-        )
-    narrow = _with_rules(base, ['[[rule]]\nroles = ["experts"]\nbits = 4'])
-    plan = resolve_plan(geometry, narrow)
-    groups = width_groups(plan, statistics, formats)
-    limit = budget.nbytes(sum(e.size for e in plan.entries))
-    order = sorted(range(len(groups)), key=lambda i: (-groups[i].gain, i))
-    sizes = _sizes(geometry, assets, narrow, formats)
-    name, least = max(sizes.items(), key=lambda item: item[1])
-    if least > limit:
-        raise RecipeError(
-            f"budget of {limit:,} bytes: {name} needs {least:,} bytes with all experts at 4 bits; "
-            "raise the budget or give the shared weights fewer bits"
-        )
-    room = (limit - least) * 8 // (LOSS_BITS[1] - LOSS_BITS[0])  # weights that can be widened
-    count = min(len(order), room // max(1, sum(e.size for e in groups[0].entries)))
-    recipe = _chosen(base, groups, order[:count])
-    while max(_sizes(geometry, assets, recipe, formats).values()) > limit:
-        count -= 1  # headers grow a little with every exception
-        recipe = _chosen(base, groups, order[:count])
-    wide = frozenset(order[:count])
-    plan = resolve_plan(geometry, recipe)
-    return Widths(recipe, plan, groups, wide, predicted_kld(statistics, plan))
-
-
-def _sizes(
-    geometry: Geometry, assets: Assets, recipe: Recipe, formats: Mapping[str, Format]
-) -> dict[str, int]:
-    plan = resolve_plan(geometry, recipe)
-    for module in formats.values():
-        module.check(plan, assets)
-    return {name: f.layout(plan, assets).nbytes for name, f in formats.items()}
-
-
-def _chosen(base: Recipe, groups: tuple[Group, ...], wide: Iterable[int]) -> Recipe:
-    """The base, all experts at 4 bits, and 8 for the groups."""
-    rules = ['[[rule]]\nroles = ["experts"]\nbits = 4']
-    experts: dict[tuple[int, Role], list[int]] = {}
-    for index in sorted(wide):
-        for e in groups[index].entries:
-            assert e.layer is not None
-            assert e.expert is not None
-            experts.setdefault((e.layer, e.role), []).append(e.expert)
-    roles: dict[tuple[int, tuple[int, ...]], list[str]] = {}
-    for (layer, role), found in experts.items():
-        roles.setdefault((layer, tuple(sorted(found))), []).append(role.value)
-    everyone = max((e.expert or 0 for g in groups for e in g.entries), default=0) + 1
-    for (layer, chosen), names in sorted(roles.items()):
-        rule = f"[[rule]]\nroles = {_toml(names)}\nlayers = [{layer}]\n"
-        rule += "" if len(chosen) == everyone else f"experts = {list(chosen)}\n"
-        rules.append(rule + "bits = 8")
-    return _with_rules(base, rules)
-
-
-def _toml(words: list[str]) -> str:
-    return "[" + ", ".join(f'"{w}"' for w in words) + "]"
-
-
-def _with_rules(base: Recipe, rules: list[str]) -> Recipe:
-    """The base without its own budget, and more rules."""
-    text = re.sub(r"(?m)^budget\s*=.*\n", "", base.text)
-    name = base.name if base.budget else f"{base.name}-mixed"
-    return parse_recipe("\n\n".join([text.rstrip(), *rules]) + "\n", name, name)

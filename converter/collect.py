@@ -1,14 +1,17 @@
 """The pass that gathers statistics: the reference's hidden states, layer by layer.
 
-Beside the reference a second set of streams runs over the first windows: for each MoE layer one
-whose experts are rounded to 4 bits in that layer alone, and one with all shared weights at 8
-bits. What each does to the predictions says how much an error in its layer costs (docs/
-statistics.md). A layer's state is saved before the next begins, so a killed pass goes on there.
+Beside the reference a second set of streams runs over the first windows, each with one part of
+the model rounded to 4 bits (``lfmq.converter.statistics.part_of``), and two with all shared
+weights, at 8 and at 4 bits. What each does to the predictions says how much an error of its part
+costs (docs/statistics.md). A layer's state is saved before the next begins, so a killed pass goes
+on there.
 
 W windows, S tokens a window, T = W * S, H hidden size, C windows of the streams.
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,19 +31,32 @@ from lfmq.converter.forward import (
     normed,
     route,
 )
-from lfmq.converter.nearest import not_finite
 from lfmq.converter.passes import batches, steady_torch
 from lfmq.converter.statefile import StateFile
-from lfmq.converter.statistics import LOSS_BITS, Sensitivity, Statistics, identity_of
+from lfmq.converter.statistics import (
+    MEASURED,
+    WHOLE,
+    Sensitivity,
+    Statistics,
+    identity_of,
+    part_of,
+)
+from lfmq.converter.streams import (
+    InputsSeen,
+    grid_errors,
+    importance_of,
+    overridden,
+    round_narrow,
+)
 from lfmq.converter.tensors import expected_tensors
 from lfmq.converter.text import Windows
 from lfmq.converter.workers import Workers, open_workers
 from lfmq.quant import gptq, rtn
 from lfmq.quant.types import SHARED_ROLES, InputMoments, Quantized, Scheme, Weight, dequantize
 
-# Tokens the streams run over; their second half of each window is scored.
-STREAM_TOKENS = 8192
-_NARROW, _WIDE = (Scheme(bits) for bits in LOSS_BITS)
+# Tokens the streams run over; all but this share of each window, its beginning, is scored.
+STREAM_TOKENS = 4096
+_UNSCORED = 1 / 8
 # Losses are of weights as GPTQ rounds them, with nothing that needs the other stream.
 _SETTINGS = Settings(expert_ridge=None)
 # Positions whose predictions are compared at once.
@@ -96,26 +112,30 @@ class _Pass:
         self._checkpoint, self._windows, self._workers = checkpoint, windows, workers
         self._file = state
         self._geometry = checkpoint.geometry
-        self._shared_names = {
-            t.name for t in expected_tensors(self._geometry) if t.role in SHARED_ROLES
-        }
+        self._tensors = {t.name: t for t in expected_tensors(self._geometry)}
+        self._shared_names = {n for n, t in self._tensors.items() if t.role in SHARED_ROLES}
         self._model = Model(self._geometry, checkpoint.read, device=device)
-        self._rounded = Model(self._geometry, self._read_rounded, device=device)
+        self._rounded = {
+            name: Model(self._geometry, partial(self._read_rounded, scheme), device=device)
+            for name, scheme in WHOLE.items()
+        }
         self._count = min(len(windows.ids), max(1, STREAM_TOKENS // windows.ids.shape[1]))
         self._inputs: Moments = {}
-        self._losses: dict[str, tuple[float, ...]] = {}
-        self._errors: dict[int, float] = {}
+        self._losses: dict[str, float] = {}
+        self._grids: dict[str, tuple[float, ...]] = {}
+        self._errors: dict[str, float] = {}
+        self._streams: dict[str, torch.Tensor] = {}
         self._coverage: list[ExpertCoverage] = []
 
     def __getstate__(self) -> dict[str, Any]:
         """For workers in other processes: all but what hands out work."""
         return self.__dict__ | {"_workers": None}
 
-    def _read_rounded(self, name: str) -> NDArray[np.float32]:
+    def _read_rounded(self, scheme: Scheme, name: str) -> NDArray[np.float32]:
         values = self._checkpoint.read(name)
         if name not in self._shared_names:
             return values
-        return dequantize(rtn.quantize(values, _WIDE))
+        return dequantize(rtn.quantize(values, scheme))
 
     def run(self, progress: Progress | None) -> tuple[Statistics, list[ExpertCoverage]]:
         layers = self._geometry.num_hidden_layers
@@ -127,18 +147,16 @@ class _Pass:
                 self._save(layer + 1)
             if progress is not None:
                 progress(1, layers)
-        klds = self._score()
+        for name in WHOLE:
+            self._errors[name] = _error(self._streams[name], self._states[: self._count])
         statistics = Statistics(
             identity_of(self._geometry),
             (self._windows.text_sha256,),
             self._windows.tokens,
             self._inputs,
             self._losses,
-            {
-                layer: Sensitivity(self._errors[layer], kld)
-                for layer, kld in zip(self._geometry.moe_layers, klds[1:], strict=True)
-            },
-            Sensitivity(self._shared_error(), klds[0]),
+            self._grids,
+            {part: Sensitivity(self._errors[part], kld) for part, kld in self._score().items()},
         )
         return statistics, self._coverage
 
@@ -150,13 +168,14 @@ class _Pass:
         if found is None:
             ids = self._windows.ids
             self._states = embed(self._model, ids)
-            self._streams = [embed(self._rounded, ids[: self._count])]
+            self._begin(ids[: self._count])
             return 0
         layer, facts, tensors = found
         self._states = tensors.pop("states").to(self._model.device)
-        self._streams = list(tensors.pop("streams").to(self._model.device))
-        self._errors = {int(k): v for k, v in facts["errors"].items()}
-        self._losses = {k: tuple(v) for k, v in facts["losses"].items()}
+        streams = tensors.pop("streams").to(self._model.device)
+        self._streams = dict(zip(facts["streams"], streams, strict=True))
+        self._errors, self._losses = facts["errors"], facts["losses"]
+        self._grids = {k: tuple(v) for k, v in facts["grids"].items()}
         self._coverage = [ExpertCoverage(**c) for c in facts["coverage"]]
         self._inputs = {
             name: InputMoments(int(seen[0]), float(seen[1]), tensors[name].numpy())
@@ -164,14 +183,28 @@ class _Pass:
         }
         return layer
 
+    def _begin(self, ids: NDArray[np.int64]) -> None:
+        """The streams of all shared weights, and that of the embedding alone."""
+        self._streams = {name: embed(model, ids) for name, model in self._rounded.items()}
+        w = self._checkpoint.read(_EMBEDDING)
+        model = overridden(self._model, {_EMBEDDING: dequantize(rtn.quantize(w, MEASURED))})
+        self._streams["embedding"] = embed(model, ids)
+        change = _error(self._streams["embedding"], self._states[: self._count])
+        self._errors |= {"embedding": change, "head": change}
+        self._losses[_EMBEDDING] = change * self._windows.tokens
+        self._grids[_EMBEDDING] = grid_errors(w, None)
+
     def _save(self, layer: int) -> None:
         if self._file is None:
             return
         tensors = {name: torch.from_numpy(m.sums) for name, m in self._inputs.items()}
-        tensors |= {"states": self._states.cpu(), "streams": torch.stack(self._streams).cpu()}
+        streams = torch.stack(list(self._streams.values()))
+        tensors |= {"states": self._states.cpu(), "streams": streams.cpu()}
         facts = {
             "errors": self._errors,
             "losses": self._losses,
+            "grids": self._grids,
+            "streams": list(self._streams),
             "coverage": [
                 {f: getattr(c, f) for f in ExpertCoverage.__dataclass_fields__}
                 for c in self._coverage
@@ -185,17 +218,19 @@ class _Pass:
     def _parts(self, windows: int) -> list[slice]:
         return batches(windows, self._windows.ids.shape[1])
 
-    def _each(self, run: Callable[[Model, torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
-        """``run`` over every stream; the first is that of rounded shared weights."""
-        models = [self._rounded] + [self._model] * (len(self._streams) - 1)
+    def _each(self, run: Callable[[Model, torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
+        """``run`` over every stream."""
         work = [
-            (model, stream[part])
-            for model, stream in zip(models, self._streams, strict=True)
+            (self._rounded.get(name, self._model), stream[part])
+            for name, stream in self._streams.items()
             for part in self._parts(len(stream))
         ]
         done = list(self._workers.map(lambda w: run(*w), work))
         size = len(done) // len(self._streams)
-        return [torch.cat(done[i : i + size]) for i in range(0, len(done), size)]
+        return {
+            name: torch.cat(done[i * size : (i + 1) * size])
+            for i, name in enumerate(self._streams)
+        }
 
     def _watched(
         self, run: Callable[[torch.Tensor, Callable[..., None]], torch.Tensor]
@@ -219,19 +254,49 @@ class _Pass:
         return torch.cat(states)
 
     def _mix(self, layer: int) -> None:
+        begin = self._states[: self._count]
         self._streams = self._each(lambda model, s: mix_tokens(model, layer, s))
         self._states = self._watched(lambda s, o: mix_tokens(self._model, layer, s, o))
+        self._shared_part(layer, lambda m, s, o=None: mix_tokens(m, layer, s, o), begin)
 
     def _feed(self, layer: int) -> None:
-        begun: list[torch.Tensor] = []
+        begin = self._states[: self._count]
         if layer < self._geometry.num_dense_layers:
+            self._streams = self._each(lambda model, s: feed_forward(model, layer, s)[0])
             self._states = self._watched(lambda s, o: feed_forward(self._model, layer, s, o)[0])
+            self._shared_part(layer, lambda m, s, o=None: feed_forward(m, layer, s, o)[0], begin)
         else:
-            begun.append(self._routed(layer))
-        self._streams = self._each(lambda model, s: feed_forward(model, layer, s)[0]) + begun
+            begun = self._routed(layer)
+            self._streams = self._each(lambda model, s: feed_forward(model, layer, s)[0]) | begun
 
-    def _routed(self, layer: int) -> torch.Tensor:
-        """The layer's experts; returns the stream in which they are rounded."""
+    def _shared_part(
+        self, layer: int, run: Callable[..., torch.Tensor], begin: torch.Tensor
+    ) -> None:
+        """Losses of a layer's mixer or dense feed-forward, and its stream."""
+        seen = InputsSeen({})
+        wanted = run(self._model, begin, seen.observe)
+        factors = seen.factorized(_SETTINGS.damping)
+        names = [n for n in factors if n in self._shared_names]
+
+        def narrow(name: str) -> tuple[NDArray[np.float32], tuple[float, ...]]:
+            w = self._checkpoint.read(name)
+            weight = round_narrow(self._checkpoint, name, w, factors[name])
+            return dequantize(weight), grid_errors(w, importance_of(self._inputs[name]))
+
+        found = dict(zip(names, self._workers.map(narrow, names), strict=True))
+        weights = {name: values for name, (values, _) in found.items()}
+        self._grids |= {name: errors for name, (_, errors) in found.items()}
+        alone = [{name: values} for name, values in weights.items()]
+        *each, together = self._workers.map(
+            lambda w: run(overridden(self._model, w), begin), [*alone, weights]
+        )
+        for name, changed in zip(names, each, strict=True):
+            self._losses[name] = _error(changed, wanted) * self._windows.tokens
+        part = part_of(self._tensors[names[0]])
+        self._errors[part], self._streams[part] = _error(together, wanted), together
+
+    def _routed(self, layer: int) -> dict[str, torch.Tensor]:
+        """The layer's experts; returns the streams in which they are rounded."""
         prefix = f"model.layers.{layer}."
         norm = prefix + "ffn_norm.weight"
         x = torch.cat(
@@ -245,90 +310,100 @@ class _Pass:
         self._inputs[prefix + "feed_forward.gate.weight"] = moments_of(x)
         routing = route(self._model, layer, x)
         inputs = LayerInputs(layer, x, x, routing, routing, x.T @ x / len(x), _SETTINGS)
-        y, rounded = torch.zeros_like(x), torch.zeros_like(x)
+        y, inner, down = (torch.zeros_like(x) for _ in range(3))
 
-        def measure(expert: int) -> "tuple[FinishedExpert, Moments, dict[str, tuple[float, ...]]]":
+        def measure(expert: int) -> "tuple[FinishedExpert, _Measured]":
             found = quantize_expert(inputs, expert, self._checkpoint.read, self._narrow)
-            return found, *self._expert(inputs, expert, found)
+            return found, self._expert(inputs, expert, found)
 
-        for found, moments, losses in self._workers.map(
-            measure, range(self._geometry.num_experts)
-        ):
+        for found, measured in self._workers.map(measure, range(self._geometry.num_experts)):
             y.index_add_(0, found.token_wanted, found.y_wanted)
-            rounded.index_add_(0, found.token, found.y)
+            inner.index_add_(0, found.token, measured.inner)
+            down.index_add_(0, found.token, measured.down)
             self._coverage.append(found.coverage)
-            self._inputs |= moments
-            self._losses |= losses
+            self._inputs |= measured.moments
+            self._losses |= measured.losses
+            self._grids |= measured.grids
         tokens = self._count * self._windows.ids.shape[1]
-        change = (rounded - y)[:tokens].double()
-        self._errors[layer] = float(change.square().sum() / tokens)
-        begin = self._states[: self._count]
-        stream = begin + rounded[:tokens].view_as(begin)
         self._states = self._states + y.view_as(self._states)
-        return stream
+        begun, end = {}, self._states[: self._count]
+        for kind, change in (("inner", inner), ("down", down)):
+            part = f"{layer}.{kind}"
+            begun[part] = end + change[:tokens].view_as(end)
+            self._errors[part] = _error(begun[part], end)
+        return begun
 
     def _narrow(self, name: str, w: NDArray[np.float32], moments: gptq.Moments) -> Weight:
-        try:
-            return gptq.quantize(np.ascontiguousarray(w), moments, _NARROW)
-        except ValueError as error:
-            raise not_finite(self._checkpoint, name, "float16") from error
+        return round_narrow(self._checkpoint, name, w, moments)
 
-    def _expert(
-        self, inputs: LayerInputs, expert: int, found: FinishedExpert
-    ) -> tuple[Moments, dict[str, tuple[float, ...]]]:
-        """Moments and losses of one expert's weights."""
+    def _expert(self, inputs: LayerInputs, expert: int, found: FinishedExpert) -> "_Measured":
+        """Moments, losses and errors of one expert's weights."""
         gate, up, down = found.weights
         w1, w3, w2 = (self._model.weight(n) for n in found.weights)
+        q1, q3, q2 = (_values(found.weights[n], w1) for n in found.weights)
         x = inputs.x[found.token]
         affinity = affinity_of(inputs.routing, expert)
         inner = gated(x, w1, w3)
         seen = moments_of(x, affinity)
         moments = {gate: seen, up: seen, down: moments_of(inner, affinity)}
-        losses: dict[str, list[float]] = {name: [] for name in found.weights}
-        for scheme in (_NARROW, _WIDE):
-            q1, q3, q2 = (
-                _rounded(w, found.weights[name], moments[name], scheme)
-                for name, w in ((gate, w1), (up, w3), (down, w2))
-            )
-            for name, change in (
-                (gate, F.linear(gated(x, q1, w3) - inner, w2)),
-                (up, F.linear(gated(x, w1, q3) - inner, w2)),
-                (down, F.linear(inner, q2 - w2)),
-            ):
-                losses[name].append(float((change * affinity[:, None]).double().square().sum()))
-        return moments, {name: tuple(loss) for name, loss in losses.items()}
+        changes = {
+            gate: F.linear(gated(x, q1, w3) - inner, w2) * affinity[:, None],
+            up: F.linear(gated(x, w1, q3) - inner, w2) * affinity[:, None],
+            down: F.linear(inner, q2 - w2) * affinity[:, None],
+        }
+        return _Measured(
+            moments,
+            {name: float(change.double().square().sum()) for name, change in changes.items()},
+            {
+                name: grid_errors(self._checkpoint.read(name), importance_of(moments[name]))
+                for name in changes
+            },
+            changes[gate] + changes[up],
+            changes[down],
+        )
 
     # ---- predictions
 
-    def _shared_error(self) -> float:
-        change = (self._streams[0] - self._states[: self._count]).double()
-        return float(change.square().sum() / (change.shape[0] * change.shape[1]))
-
-    def _score(self) -> list[float]:
-        """Mean KL divergence of every stream over the second half of each window."""
-        scored = self._windows.ids.shape[1] // 2
-        head, head_rounded = (m.weight(_EMBEDDING) for m in (self._model, self._rounded))
+    def _score(self) -> dict[str, float]:
+        """Mean KL divergence of every stream over what is scored of each window."""
+        first = int(self._windows.ids.shape[1] * _UNSCORED)
+        w = self._model.weight(_EMBEDDING)
+        heads = {name: model.weight(_EMBEDDING) for name, model in self._rounded.items()}
+        heads["head"] = heads["shared at 4 bits"]
 
         def hidden(states: torch.Tensor) -> torch.Tensor:
-            return normed(self._model, _FINAL_NORM, states[:, scored:])
+            return normed(self._model, _FINAL_NORM, states[:, first:])
 
         wanted = hidden(self._states[: self._count])
+        states = {name: hidden(stream) for name, stream in self._streams.items()}
+        states["head"] = wanted
         parts = [slice(i, i + _HEAD_TOKENS) for i in range(0, len(wanted), _HEAD_TOKENS)]
 
         def divergences(part: slice) -> list[float]:
-            expected = F.log_softmax(F.linear(wanted[part], head), -1)
+            expected = F.log_softmax(F.linear(wanted[part], w), -1)
             sums = []
-            for index, stream in enumerate(states):
-                logits = F.linear(stream[part], head if index else head_rounded)
-                found = F.log_softmax(logits, -1)
+            for name, stream in states.items():
+                found = F.log_softmax(F.linear(stream[part], heads.get(name, w)), -1)
                 sums.append(
                     float(F.kl_div(found, expected, log_target=True, reduction="sum").double())
                 )
             return sums
 
-        states = [hidden(stream) for stream in self._streams]
         total = np.sum(list(self._workers.map(divergences, parts)), axis=0)
-        return [float(t) for t in total / len(wanted)]
+        return {
+            name: max(0.0, float(t)) for name, t in zip(states, total / len(wanted), strict=True)
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """What was found of an expert; the changes of its tokens' outputs [n, H] by rounding."""
+
+    moments: Moments
+    losses: dict[str, float]
+    grids: dict[str, tuple[float, ...]]
+    inner: torch.Tensor
+    down: torch.Tensor
 
 
 def moments_of(x: torch.Tensor, affinity: torch.Tensor | None = None) -> InputMoments:
@@ -350,10 +425,12 @@ def _add(into: Moments, name: str, found: InputMoments) -> None:
     into[name] = into[name] + found if name in into else found
 
 
-def _rounded(w: torch.Tensor, narrow: Weight, seen: InputMoments, scheme: Scheme) -> torch.Tensor:
-    weight = narrow
-    if scheme is _WIDE:
-        importance = seen.mean.astype(np.float32) if seen.sums.any() else None
-        weight = rtn.quantize(w.cpu().numpy(), scheme, importance)
+def _values(weight: Weight, like: torch.Tensor) -> torch.Tensor:
     assert isinstance(weight, Quantized)
-    return torch.from_numpy(dequantize(weight)).to(w.device)
+    return torch.from_numpy(dequantize(weight)).to(like.device)
+
+
+def _error(states: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Mean squared change of a token's hidden state, both [W, S, H]."""
+    change = (states - wanted).double()
+    return float(change.square().sum() / (change.shape[0] * change.shape[1]))

@@ -1,8 +1,10 @@
 """Recipes: which width each tensor gets, by role, layer, name and expert, from a TOML file."""
 
 import fnmatch
+import json
+import re
 import tomllib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -34,6 +36,10 @@ MORE_BITS = "more_bits"  # in place of layers: those that llama.cpp gives a wide
 _LARGEST_INDEX = 1_000_000  # of a layer or an expert; a longer range is a slip
 _ROLE_SETS = {"experts": EXPERT_ROLES, "shared": SHARED_ROLES}
 _T = TypeVar("_T")
+_TOP = {"budget", "choose", "description", "rule", "token_budget"}
+# Lines of a recipe's text that set limits.
+_LIMITS = re.compile(r"(?m)^(?:budget|token_budget|choose)\s*=.*\n")
+Limit = Mapping[str, str] | str | None
 _KEYS = {"roles", "layers", "names", "experts", "bits", "group", "grid", "float"}
 
 
@@ -80,13 +86,48 @@ class Rule:
 class Recipe:
     """Named rules; the last rule that matches a tensor decides.
 
-    With a ``budget`` the widths of experts come from statistics (``lfmq.converter.budget``).
+    With a limit widths come from statistics (``lfmq.converter.budget``).
+
+    Attributes:
+        name: part of builds' names.
+        rules: in the order of the file.
+        text: the file.
+        budget: limit of a build's bytes, the same or by format.
+        token_budget: limit of the bytes read for a token.
+        choose: what has its width chosen: ``experts``, 4 or 8 bits; or ``all`` weights, any grid.
     """
 
     name: str
     rules: tuple[Rule, ...]
     text: str
-    budget: str | None = None
+    budget: Limit = None
+    token_budget: Limit = None
+    choose: str = "experts"
+
+    def limited(self, **limits: str) -> "Recipe":
+        """With other limits or another choice; see the attributes."""
+        found = dict(self._limits(), **limits)
+        lines = [f"{key} = {_toml_value(value)}" for key, value in found.items()]
+        text = "\n".join([*lines, _LIMITS.sub("", self.text)])
+        name = self.name if self._limits() else f"{self.name}-mixed"
+        return parse_recipe(text, name, name)
+
+    def with_rules(self, rules: list[str]) -> "Recipe":
+        """Without limits, and more rules."""
+        text = _LIMITS.sub("", self.text)
+        name = self.name if self._limits() else f"{self.name}-mixed"
+        return parse_recipe("\n\n".join([text.rstrip(), *rules]) + "\n", name, name)
+
+    def _limits(self) -> dict[str, Limit]:
+        found: dict[str, Limit] = {"budget": self.budget, "token_budget": self.token_budget}
+        found = {key: value for key, value in found.items() if value is not None}
+        return found | ({"choose": self.choose} if self.choose != "experts" else {})
+
+
+def _toml_value(limit: Limit) -> str:
+    if isinstance(limit, Mapping):
+        return "{" + ", ".join(f"{k} = {json.dumps(v)}" for k, v in limit.items()) + "}"
+    return json.dumps(limit)
 
 
 def builtin_recipes() -> tuple[str, ...]:
@@ -121,18 +162,31 @@ def parse_recipe(text: str, name: str, source: str) -> Recipe:
         document = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise RecipeError(f"{source}: not valid TOML ({error})") from error
-    unknown = sorted(set(document) - {"budget", "description", "rule"})
+    unknown = sorted(set(document) - _TOP)
     if unknown:
-        known = "budget, description, rule"
+        known = ", ".join(sorted(_TOP))
         raise RecipeError(f"{source}: unknown key {unknown[0]!r}; known: {known}")
-    budget = document.get("budget")
-    if budget is not None and not isinstance(budget, str):
-        raise RecipeError(f"{source}: budget is {budget!r}, expected text such as '5.69bpw'")
+    choose = document.get("choose", "experts")
+    if choose not in ("experts", "all"):
+        raise RecipeError(f"{source}: choose is {choose!r}, expected 'experts' or 'all'")
+    budget, token_budget = (_limit(document, k, source) for k in ("budget", "token_budget"))
     rules = document.get("rule")
     if not isinstance(rules, list) or not rules:
         raise RecipeError(f"{source}: no [[rule]] found")
     parsed = tuple(_rule(r, f"{source}: rule {i}") for i, r in enumerate(rules, 1))
-    return Recipe(name, parsed, text, budget)
+    return Recipe(name, parsed, text, budget, token_budget, choose)
+
+
+def _limit(document: Mapping[str, Any], key: str, source: str) -> Limit:
+    limit: Any = document.get(key)
+    values = limit.values() if isinstance(limit, dict) else () if limit is None else (limit,)
+    if not all(isinstance(value, str) for value in values):
+        raise RecipeError(
+            f"{source}: {key} is {limit!r}, expected text such as '5.69bpw', or a table of "
+            "such texts by format"
+        )
+    found: Limit = limit
+    return found
 
 
 def _rule(table: Any, where: str) -> Rule:

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,22 @@ from safetensors.numpy import save_file
 from lfmq.converter.calibration import QUOTA
 from lfmq.converter.tensors import Tensor, expected_tensors
 from lfmq.quant.errors import PlanError, ValidationError
-from lfmq.quant.types import EXPERT_ROLES, Entry, Geometry, InputMoments, Role
+from lfmq.quant.types import FLOAT_ROLES, Entry, Geometry, InputMoments, Role, Scheme
 
-VERSION = 1
+VERSION = 2
 # Share of the mean importance that every column has at least.
 _FLOOR = 0.01
-# Widths whose loss is measured for every weight of an expert.
-LOSS_BITS = (4, 8)
+# What losses are measured at, and what other grids' errors are relative to.
+MEASURED = Scheme(4)
+_GROUPS = (32, 64, 128)
+# Streams in which every shared weight is rounded to nearest.
+WHOLE = {"shared": Scheme(8), "shared at 4 bits": MEASURED}
+# Grids whose rounding error is measured for every weight, relative to that of ``MEASURED``.
+SCHEMES: tuple[Scheme, ...] = (
+    *(Scheme(bits, group) for bits in (4, 8) for group in _GROUPS),
+    *(Scheme(bits, group, "affine") for bits in (4, 8) for group in _GROUPS),
+    *(Scheme(bits, group, "asymmetric") for bits in (4, 8) for group in _GROUPS),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,19 +61,22 @@ class Statistics:
         texts: sha256 of every text it comes from, sorted.
         tokens: of all texts.
         inputs: by the name of the weight they go into.
-        losses: by the name of an expert's weight, for each width of ``LOSS_BITS``: the squared
-            error of the layer's output, summed over tokens, when that weight alone is rounded.
-        layers: for each MoE layer, all of its experts at 4 bits.
-        shared: the shared weights at 8 bits; None when it was not measured.
+        losses: by the name of a weight, the squared error of the layer's output, summed over
+            tokens, when that weight alone is rounded to ``MEASURED``; of the embedding, its own.
+        grids: by the name of a weight, for each of ``SCHEMES``, the error of rounding to it over
+            that of rounding to ``MEASURED``; infinite where its rows do not divide.
+        parts: by :func:`part_of` weights, all of them at ``MEASURED``; ``head`` is the embedding
+            as the output head; ``shared`` and ``shared at 4 bits`` are every shared weight,
+            rounded to nearest.
     """
 
     identity: str
     texts: tuple[str, ...]
     tokens: int
     inputs: Mapping[str, InputMoments]
-    losses: Mapping[str, tuple[float, ...]]
-    layers: Mapping[int, Sensitivity]
-    shared: Sensitivity | None = None
+    losses: Mapping[str, float]
+    grids: Mapping[str, tuple[float, ...]]
+    parts: Mapping[str, Sensitivity]
 
     def merge(self, other: "Statistics") -> "Statistics":
         """Those of both texts.
@@ -87,18 +99,21 @@ class Statistics:
             tokens=self.tokens + other.tokens,
             inputs={name: ours[name] + theirs[name] for name in ours if name in theirs},
             losses={
-                name: tuple(np.add(loss, other.losses[name]).tolist())
+                name: loss + other.losses[name]
                 for name, loss in self.losses.items()
                 if name in other.losses
             },
-            layers={
-                layer: _mixed(found, other.layers[layer], share)
-                for layer, found in self.layers.items()
-                if layer in other.layers
+            grids={
+                name: tuple(share * a + (1 - share) * b for a, b in pairs)
+                for name, found in self.grids.items()
+                if name in other.grids
+                for pairs in (zip(found, other.grids[name], strict=True),)
             },
-            shared=_mixed(self.shared, other.shared, share)
-            if self.shared and other.shared
-            else None,
+            parts={
+                part: _mixed(found, other.parts[part], share)
+                for part, found in self.parts.items()
+                if part in other.parts
+            },
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -106,8 +121,7 @@ class Statistics:
         return {
             "identity": self.identity,
             "texts": self.texts,
-            "layers": [{"layer": n, **asdict(found)} for n, found in self.layers.items()],
-            "shared": asdict(self.shared) if self.shared else None,
+            "parts": {part: asdict(found) for part, found in self.parts.items()},
         }
 
     def importance(self, tensor: Entry) -> NDArray[np.float32] | None:
@@ -181,15 +195,17 @@ def save_statistics(path: Path, statistics: Statistics) -> None:
         "identity": statistics.identity,
         "texts": statistics.texts,
         "tokens": statistics.tokens,
-        "layers": {layer: asdict(s) for layer, s in statistics.layers.items()},
-        "shared": asdict(statistics.shared) if statistics.shared else None,
+        "schemes": [astuple(scheme) for scheme in SCHEMES],
+        "parts": {part: asdict(s) for part, s in statistics.parts.items()},
     }
     tensors: dict[str, NDArray[Any]] = {}
     for name, found in statistics.inputs.items():
         tensors[f"{name}.sums"] = np.ascontiguousarray(found.sums)
         tensors[f"{name}.seen"] = np.array([found.tokens, found.mass])
     for name, loss in statistics.losses.items():
-        tensors[f"{name}.loss"] = np.array(loss, np.float64)
+        tensors[f"{name}.loss"] = np.array([loss], np.float64)
+    for name, errors in statistics.grids.items():
+        tensors[f"{name}.grids"] = np.array(errors, np.float64)
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -218,23 +234,20 @@ def load_statistics(path: Path, geometry: Geometry) -> Statistics:
         raise ValidationError(
             f"{path}: damaged or not a statistics file ({error}); calibrate again"
         ) from error
-    inputs, losses = {}, {}
+    inputs, losses, grids = {}, {}, {}
     for tensor in expected_tensors(geometry):
         name = tensor.name
         if f"{name}.sums" in stored:
             inputs[name] = _moments(path, tensor, stored)
         if f"{name}.loss" in stored:
-            losses[name] = tuple(_finite(path, f"{name}.loss", stored, (len(LOSS_BITS),)))
-    layers = {int(layer): Sensitivity(**s) for layer, s in header["layers"].items()}
-    shared = Sensitivity(**header["shared"]) if header["shared"] else None
+            losses[name] = float(_sound(path, f"{name}.loss", stored, (1,))[0])
+        if f"{name}.grids" in stored:
+            grids[name] = tuple(
+                _sound(path, f"{name}.grids", stored, (len(SCHEMES),), infinite=True).tolist()
+            )
+    parts = {part: Sensitivity(**s) for part, s in header["parts"].items()}
     return Statistics(
-        header["identity"],
-        tuple(header["texts"]),
-        header["tokens"],
-        inputs,
-        losses,
-        layers,
-        shared,
+        header["identity"], tuple(header["texts"]), header["tokens"], inputs, losses, grids, parts
     )
 
 
@@ -245,8 +258,10 @@ def _header(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
             raise ValidationError(
                 f"{path}: statistics version {header['version']}, this lfmq reads {VERSION}"
             )
-        for entry in (*header["layers"].values(), *filter(None, [header["shared"]])):
+        for entry in header["parts"].values():
             Sensitivity(**entry)
+        if header["schemes"] != [list(astuple(scheme)) for scheme in SCHEMES]:
+            raise ValidationError(f"{path}: measured at other grids; calibrate again")
         if not isinstance(header["identity"], str) or not isinstance(header["tokens"], int):
             raise TypeError("identity or tokens")
         if not all(isinstance(text, str) for text in header["texts"]):
@@ -259,28 +274,48 @@ def _header(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
 
 
 def _moments(path: Path, tensor: Tensor, stored: Mapping[str, NDArray[Any]]) -> InputMoments:
-    sums = _finite(path, f"{tensor.name}.sums", stored, (tensor.shape[-1],))
-    tokens, mass = _finite(path, f"{tensor.name}.seen", stored, (2,))
+    sums = _sound(path, f"{tensor.name}.sums", stored, (tensor.shape[-1],))
+    tokens, mass = _sound(path, f"{tensor.name}.seen", stored, (2,))
     return InputMoments(int(tokens), float(mass), sums)
 
 
-def _finite(
-    path: Path, name: str, stored: Mapping[str, NDArray[Any]], shape: tuple[int, ...]
+def _sound(
+    path: Path,
+    name: str,
+    stored: Mapping[str, NDArray[Any]],
+    shape: tuple[int, ...],
+    *,
+    infinite: bool = False,
 ) -> NDArray[np.float64]:
     found = stored.get(name)
     if found is None or found.shape != shape or found.dtype != np.float64:
         what = "missing" if found is None else f"{found.dtype} {list(found.shape)}"
         raise ValidationError(f"{path}: {name} is {what}, expected float64 {list(shape)}")
-    if not (np.isfinite(found) & (found >= 0)).all():
+    if not (found >= 0).all() or not (infinite or np.isfinite(found).all()):
         raise ValidationError(f"{path}: {name} holds a negative or not finite value")
     return found
 
 
 def has_losses(statistics: Statistics, geometry: Geometry) -> bool:
     """Whether widths can be chosen from it; an imported imatrix has moments alone."""
-    experts = (t.name for t in expected_tensors(geometry) if t.role in EXPERT_ROLES)
-    return (
-        statistics.shared is not None
-        and set(statistics.layers) == set(geometry.moe_layers)
-        and all(name in statistics.losses for name in experts)
+    weights = [t for t in expected_tensors(geometry) if t.role not in FLOAT_ROLES]
+    parts = {"head", *WHOLE, *(part_of(t) for t in weights)}
+    return parts <= set(statistics.parts) and all(
+        t.name in statistics.losses and t.name in statistics.grids for t in weights
     )
+
+
+def part_of(tensor: Tensor | Entry) -> str:
+    """The weights whose errors cost the same at the head: ``embedding``, ``3.mixer``, ``0.dense``.
+
+    Of an MoE layer ``3.inner`` are the gate and up projections, ``3.down`` the down projections.
+    """
+    kinds = {
+        Role.EXPERT_GATE: "inner",
+        Role.EXPERT_UP: "inner",
+        Role.EXPERT_DOWN: "down",
+        Role.DENSE: "dense",
+    }
+    if tensor.role is Role.EMBEDDING:
+        return "embedding"
+    return f"{tensor.layer}.{kinds.get(tensor.role, 'mixer')}"

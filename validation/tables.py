@@ -55,18 +55,19 @@ def planned_table(builds: Iterable[PlannedBuild]) -> Table:
 
 
 def widths_table(widths: Widths) -> Table:
-    """What each group of expert weights gets, and the KL divergence it is predicted to cost."""
+    """What each unit gets, and the KL divergence that adds."""
     rows = [
         (
-            str(group.layer),
-            group.label,
-            "int8" if index in widths.wide else "int4",
-            f"{group.kld[0]:.6f}",
-            f"{group.kld[1]:.6f}",
+            "" if unit.layer is None else str(unit.layer),
+            unit.label,
+            str(unit.schemes[index]),
+            f"{unit.marginal(index, widths.routed):.6f}",
+            f"{unit.marginal(0, widths.routed):.6f}",
         )
-        for index, group in enumerate(widths.groups)
+        for unit, index in zip(widths.units, widths.choice, strict=True)
     ]
-    return _table("widths", ("layer", "experts", "gets", "KLD at int4", "at int8"), rows)
+    columns = ("layer", "weights", "gets", "KLD", "KLD at int4")
+    return _table("widths", columns, rows)
 
 
 def builds_table(builds: Iterable[Build]) -> Table:
