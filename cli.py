@@ -18,10 +18,10 @@ from lfmq.converter.convert import plan_builds, plan_layouts
 from lfmq.converter.inspect import inspect_checkpoint
 from lfmq.converter.memory import DEFAULT as DEFAULT_MEMORY
 from lfmq.converter.memory import parse_bytes, peak_resident
-from lfmq.converter.recipe import load_recipe
+from lfmq.converter.plan import state_bytes
 from lfmq.converter.text import Windows
 from lfmq.quant.errors import LfmqError
-from lfmq.validation.commands import compare, validate, verify
+from lfmq.validation.commands import compare, frontier, validate, verify
 from lfmq.validation.console import checkpoint_argument, example, print_json, print_tables
 from lfmq.validation.options import (
     Common,
@@ -108,19 +108,32 @@ def inspect(checkpoint: str, common: Common) -> None:
 @click.option(
     "--save", type=click.Path(path_type=Path), help="Write the widths of a budget as a recipe."
 )
+@click.option(
+    "--context",
+    type=click.IntRange(1),
+    default=4096,
+    show_default=True,
+    metavar="N",
+    help="Tokens for which the size of the state is told.",
+)
 @common_options
 def plan(
-    checkpoint: str, wanted: Wanted, tensors: bool, save: Path | None, common: Common
+    checkpoint: str,
+    wanted: Wanted,
+    tensors: bool,
+    save: Path | None,
+    context: int,
+    common: Common,
 ) -> None:
     """Dry run: the scheme of every tensor and the size of every build; reads no weight.
 
-    With --statistics also the KL divergence they predict, and with --budget the widths they
-    choose.
+    With --statistics also the KL divergence they predict, and with a budget the widths they
+    choose. Decoding reads the bytes a token of a build, and of the state as much as the context
+    has filled.
     """
     opened = common.open(checkpoint)
-    widths = settle_widths(
-        opened, load_recipe(wanted.recipe), wanted.chosen, wanted.known(opened), wanted.budget
-    )
+    widths = settle_widths(opened, wanted.base, wanted.chosen, wanted.known(opened))
+    state = state_bytes(opened.geometry, context)
     builds = plan_builds(opened, widths.plan, wanted.chosen)
     if save is not None:
         save_recipe(save, widths.recipe)
@@ -134,6 +147,7 @@ def plan(
             {
                 "recipe": widths.plan.recipe,
                 "builds": planned,
+                "state": state.to_json(),
                 **widths.to_json(),
                 "tensors": listed,
             }
@@ -142,6 +156,7 @@ def plan(
     print_tables(roles_table(widths.plan), planned_table(builds))
     if widths.units:
         print_tables(widths_table(widths))
+    click.echo(str(state))
     if widths.kld is not None:
         click.echo(f"predicted mean KL divergence: {widths.kld:.6f} nats a token")
     for build in builds:
@@ -289,7 +304,7 @@ def convert(
     if uncalibrated and (text.texts or wanted.statistics):
         raise click.UsageError("--uncalibrated excludes --text and --statistics")
     started, budget = time.monotonic(), parse_bytes(memory)
-    opened, base = common.open(checkpoint), load_recipe(wanted.recipe)
+    opened, base = common.open(checkpoint), wanted.base
     known = wanted.known(opened)
     windows, balanced = None, None
     if text.texts or not (uncalibrated or known):
@@ -299,7 +314,6 @@ def convert(
         base,
         wanted.chosen,
         known,
-        wanted.budget,
         windows=windows,
         threads=common.threads,
         device=common.device,
@@ -344,7 +358,7 @@ def convert(
     print_tables(builds_table(builds))
 
 
-for command in (verify, validate, compare):
+for command in (frontier, verify, validate, compare):
     main.add_command(command)
 
 

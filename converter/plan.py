@@ -98,3 +98,41 @@ def _pieces(layout: BuildLayout) -> Iterable[tuple[int, str]]:
     for file in layout.files:
         for piece in file.pieces:
             yield piece.nbytes, piece.sources[0]
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What a sequence keeps beside the weights, in float16.
+
+    Attributes:
+        context: tokens so far.
+        attention: keys and values of the attention layers, bytes; read for every token.
+        convolution: the last inputs of the convolutions, bytes.
+    """
+
+    context: int
+    attention: int
+    convolution: int
+
+    def to_json(self) -> dict[str, int]:
+        """The object ``state`` of ``lfmq plan --json``."""
+        return {
+            "context": self.context,
+            "key_value_bytes": self.attention,
+            "convolution_bytes": self.convolution,
+        }
+
+    def __str__(self) -> str:
+        """A line for people."""
+        return (
+            f"state after {self.context:,} tokens, float16: keys and values "
+            f"{self.attention:,} bytes, convolutions {self.convolution:,} bytes"
+        )
+
+
+def state_bytes(geometry: Geometry, context: int) -> State:
+    """The state of one sequence after ``context`` tokens; all of it is read for the next one."""
+    g = geometry
+    each = 2 * 2 * g.num_key_value_heads * g.head_dim  # keys and values of two bytes
+    columns = 2 * g.hidden_size * (g.conv_L_cache - 1)
+    return State(context, len(g.attention_layers) * context * each, len(g.conv_layers) * columns)

@@ -1,4 +1,4 @@
-"""The commands that judge builds: verify, validate, compare."""
+"""The commands that judge builds, made or not: frontier, verify, validate, compare."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,10 +6,15 @@ from pathlib import Path
 import click
 import torch
 
+from lfmq.converter.budget import save_recipe
+from lfmq.converter.calibrate import open_statistics
 from lfmq.converter.checkpoint import Checkpoint
+from lfmq.converter.frontier import trace_frontier
 from lfmq.converter.manifest import verify_build
+from lfmq.formats.registry import FORMATS
 from lfmq.validation.builds import Engine
 from lfmq.validation.console import checkpoint_argument, example, print_json, print_tables
+from lfmq.validation.frontier_page import render_frontier
 from lfmq.validation.gate import judge
 from lfmq.validation.generation import Generation, check_builds, generation_lines, with_generation
 from lfmq.validation.options import (
@@ -27,11 +32,68 @@ from lfmq.validation.options import (
 )
 from lfmq.validation.paired import compare as compare_builds
 from lfmq.validation.progress import show_progress
+from lfmq.validation.reports import check_writable, write_report
 from lfmq.validation.runtimes import with_warnings
-from lfmq.validation.tables import differences_table, report_table
+from lfmq.validation.tables import differences_table, frontier_table, report_table
 from lfmq.validation.validate import validate as validate_builds
 
 THRESHOLD_MISSED = 3
+
+
+@click.command(
+    epilog=example("lfmq frontier sample --statistics sample.statistics --to gguf --html f.html")
+)
+@checkpoint_argument
+@click.option(
+    "--statistics",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="What lfmq calibrate found.",
+)
+@click.option(
+    "--to",
+    "container",
+    type=click.Choice(sorted(FORMATS)),
+    required=True,
+    help="The container whose builds are looked at.",
+)
+@click.option(
+    "--html",
+    type=click.Path(path_type=Path),
+    help="Also draw it as one page for a browser; it needs no network.",
+)
+@click.option(
+    "--point", type=click.IntRange(1), metavar="N", help="The point to write with --save."
+)
+@click.option("--save", type=click.Path(path_type=Path), help="Write the point's recipe.")
+@common_options
+def frontier(
+    checkpoint: str,
+    statistics: Path,
+    container: str,
+    html: Path | None,
+    point: int | None,
+    save: Path | None,
+    common: Common,
+) -> None:
+    """The least predicted KL divergence for each size, and for each number of bytes a token.
+
+    Beside them stand the built-in recipes and the types of other tools. No weight is read.
+    """
+    if (point is None) != (save is None):
+        raise click.UsageError("--point and --save belong together")
+    check_writable(html)
+    opened = common.open(checkpoint)
+    known = open_statistics(statistics, opened.geometry)
+    found = trace_frontier(opened, known, container, FORMATS[container])
+    if point is not None and save is not None:
+        save_recipe(save, found.recipe(point))
+    if html is not None:
+        write_report(html, render_frontier(found))
+    if common.as_json:
+        print_json(found.to_json())
+        return
+    print_tables(frontier_table(found))
 
 
 @click.command(epilog=example("lfmq verify builds/lfm2moe-tiny-int4.gguf"))

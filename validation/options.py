@@ -14,12 +14,12 @@ import torch
 from lfmq.converter.calibrate import open_statistics
 from lfmq.converter.checkpoint import Checkpoint, open_checkpoint
 from lfmq.converter.locate import locate_checkpoint, sample_file
-from lfmq.converter.recipe import DEFAULT_RECIPE
+from lfmq.converter.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 from lfmq.converter.statistics import Statistics
 from lfmq.converter.text import Windows, load_windows
 from lfmq.formats.build import Format
 from lfmq.formats.registry import FORMATS
-from lfmq.quant.errors import ValidationError
+from lfmq.quant.errors import RecipeError, ValidationError
 from lfmq.validation.generation import Checks, prepare_checks
 from lfmq.validation.limits import Thresholds, load_thresholds
 from lfmq.validation.markdown import render_markdown
@@ -109,7 +109,23 @@ class Wanted:
     recipe: str
     formats: tuple[str, ...]
     budget: str | None
+    budget_bytes: str | None
+    budget_token_bytes: str | None
     statistics: Path | None
+
+    @property
+    def base(self) -> Recipe:
+        """The recipe, with the limits of options in place of its own."""
+        recipe = load_recipe(self.recipe)
+        every = {"budget": self.budget_bytes, "token_budget": self.budget_token_bytes}
+        given = {key: value for key, value in every.items() if value is not None}
+        if given and self.budget is not None:
+            raise RecipeError(
+                "--budget chooses among experts alone; give --budget-bytes in its place"
+            )
+        if given:
+            return recipe.limited(**given, choose="all")
+        return recipe if self.budget is None else recipe.limited(budget=self.budget)
 
     @property
     def chosen(self) -> dict[str, Format]:
@@ -198,7 +214,7 @@ plan_options = _packed(
         "--recipe",
         default=DEFAULT_RECIPE,
         show_default=True,
-        help="A built-in recipe (int8, int4, int4-all, int4-mixed) or a TOML file.",
+        help="A built-in recipe (int8, int4, int4-all, int4-mixed, int4-fast) or a TOML file.",
     ),
     click.option(
         "--to",
@@ -210,6 +226,16 @@ plan_options = _packed(
     click.option(
         "--budget",
         help="Size of each build (6.1GB, 5800MiB, 5.69bpw); as far as it goes experts get 8 bits.",
+    ),
+    click.option(
+        "--budget-bytes",
+        metavar="SIZE",
+        help="Size of each build; every weight gets the grid that serves it best (also q4_k_m).",
+    ),
+    click.option(
+        "--budget-token-bytes",
+        metavar="SIZE",
+        help="The same for the bytes of weights that are read for a token; both may be given.",
     ),
     click.option(
         "--statistics",

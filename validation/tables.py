@@ -10,6 +10,7 @@ from rich.table import Table
 from lfmq.converter.budget import Widths
 from lfmq.converter.calibration import ExpertCoverage, RouterStep
 from lfmq.converter.convert import Build, PlannedBuild
+from lfmq.converter.frontier import Frontier
 from lfmq.converter.inspect import Inspection
 from lfmq.converter.plan import summarize
 from lfmq.quant.types import Plan
@@ -68,6 +69,23 @@ def widths_table(widths: Widths) -> Table:
     ]
     columns = ("layer", "weights", "gets", "KLD", "KLD at int4")
     return _table("widths", columns, rows)
+
+
+def frontier_table(frontier: Frontier) -> Table:
+    """All points, those of the frontier by number."""
+    rows = [
+        (
+            point.name,
+            {"size": "by size", "token": "by bytes/token"}.get(point.kind, point.kind),
+            f"{point.nbytes:,}",
+            f"{8 * point.nbytes / frontier.weights:.3f}",
+            f"{point.token_bytes:,}",
+            "unknown" if point.kld is None else f"{point.kld:.6f}",
+        )
+        for point in frontier.points
+    ]
+    columns = ("point", "kind", "bytes", "bits/weight", "bytes/token", "predicted KLD")
+    return _table(f"{frontier.checkpoint} as {frontier.format}", columns, rows)
 
 
 def builds_table(builds: Iterable[Build]) -> Table:
