@@ -62,6 +62,10 @@ def _taken(takes: F64, choice: Choice) -> F64:
     return found
 
 
+def _fits(takes: F64, choice: Choice) -> bool:
+    return bool((_taken(takes, choice) <= 1 + 1e-12).all())
+
+
 def _at(cost: F64, takes: F64, prices: F64) -> Choice:
     """What each unit chooses when the limits have these prices."""
     paid = np.where(np.isfinite(cost), 0.0, np.inf)
@@ -73,20 +77,19 @@ def _at(cost: F64, takes: F64, prices: F64) -> Choice:
 
 def _within(cost: F64, takes: F64, weight: F64) -> Choice | None:
     """The cheapest choice within all limits among those at prices along ``weight``."""
-    fits = lambda choice: bool((_taken(takes, choice) <= 1 + 1e-12).all())  # noqa: E731
     found = _at(cost, takes, weight * 0)
-    if fits(found):
+    if _fits(takes, found):
         return found
     finite = cost[np.isfinite(cost)]
     low, high = -40.0, 40.0  # of the price's logarithm, base e, times the largest cost
     scale = float(finite.max()) or 1.0
     found = _at(cost, takes, weight * scale * np.exp(high))
-    if not fits(found):
+    if not _fits(takes, found):
         return None
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         tried = _at(cost, takes, weight * scale * np.exp(middle))
-        if fits(tried):
+        if _fits(takes, tried):
             found, high = tried, middle
         else:
             low = middle
@@ -127,7 +130,7 @@ def _improve(cost: F64, takes: F64, choice: Choice) -> Choice:
         room = 1 + 1e-12 - _taken(takes, choice)
         fits = (more <= room[:, None, None]).all(0)
         single = np.where(fits, gain, 0.0)
-        unit, to = np.unravel_index(int(single.argmax()), single.shape)
+        unit, to = divmod(int(single.argmax()), single.shape[1])
         if single[unit, to] > 0:
             choice[unit] = to
             continue

@@ -191,6 +191,10 @@ def limits_of(
         found = {}
         for name, module in formats.items():
             text = limit.get(name) if isinstance(limit, Mapping) else limit
+            if text is None and limit is not None:
+                raise RecipeError(
+                    f"recipe {recipe.name}: it sets no limit for {name}; name a format with --to"
+                )
             if text is None:
                 continue
             if text in PEERS:

@@ -154,4 +154,4 @@ def import_imatrix(path: Path, geometry: Geometry) -> Statistics:
     )
     text = hashlib.sha256(path.read_bytes()).hexdigest()
     tokens = max(moments.tokens for moments in found.inputs.values())
-    return Statistics(identity_of(geometry), (text,), tokens, found.inputs, {}, {})
+    return Statistics(identity_of(geometry), (text,), tokens, found.inputs, {}, {}, {})

@@ -127,8 +127,8 @@ def chosen_rules(units: Iterable[Unit], choice: Iterable[Scheme], experts: int) 
                 pattern = "*." + entry.name.split(".", 3)[3]
                 shared.setdefault((scheme, pattern), []).append(entry.layer)
     named: dict[tuple[Scheme, tuple[int, ...]], list[str]] = {}
-    for (scheme, pattern), layers in shared.items():
-        named.setdefault((scheme, tuple(layers)), []).append(pattern)
+    for (scheme, pattern), found in shared.items():
+        named.setdefault((scheme, tuple(found)), []).append(pattern)
     for (scheme, layers), names in named.items():
         rules.append(_rule(f"names = {_toml(names)}\nlayers = {list(layers)}", scheme))
     return rules + _expert_rules(routed, experts)
@@ -136,11 +136,11 @@ def chosen_rules(units: Iterable[Unit], choice: Iterable[Scheme], experts: int) 
 
 def _expert_rules(routed: Mapping[tuple[int, Role, Scheme], list[int]], experts: int) -> list[str]:
     roles: dict[tuple[int, Scheme, tuple[int, ...]], list[str]] = {}
-    for (layer, role, scheme), found in routed.items():
-        roles.setdefault((layer, scheme, tuple(sorted(found))), []).append(role.value)
+    for (layer, role, scheme), members in routed.items():
+        roles.setdefault((layer, scheme, tuple(sorted(members))), []).append(role.value)
     layers: dict[tuple[Scheme, tuple[int, ...], tuple[str, ...]], list[int]] = {}
-    for (layer, scheme, chosen), named in roles.items():
-        layers.setdefault((scheme, chosen, tuple(named)), []).append(layer)
+    for (layer, scheme, chosen), words in roles.items():
+        layers.setdefault((scheme, chosen, tuple(words)), []).append(layer)
     rules = []
     for (scheme, chosen, named), found in layers.items():
         rule = f"roles = {_toml(named)}\nlayers = {sorted(found)}"

@@ -78,9 +78,8 @@ def _chart(
     points: Iterable[Point], kind: str, title: str, amount: Callable[[Point], int]
 ) -> Chart | None:
     shown = [(p, p.kld) for p in points if p.kld and p.kind in (kind, "recipe", "peer")]
-    unit, name = (
-        (_GB, "GB") if max((amount(p) for p, _ in shown), default=0) >= _GB else (1e6, "MB")
-    )
+    most = max((amount(p) for p, _ in shown), default=0)
+    unit, name = (1e9, "GB") if most >= 1e9 else (1e6, "MB")
     x = scale_for([amount(p) / unit for p, _ in shown], _LEFT, _RIGHT, log=False)
     y = scale_for([kld for _, kld in shown], _BOTTOM, _TOP, log=True)
     if x is None or y is None:

@@ -64,4 +64,5 @@ def test_a_choice_that_a_unit_has_not():
     cost, takes, limits = instance(2)
     cost[3, 0] = np.inf
     choice = allocate(cost, takes, limits * 1.2)
+    assert choice is not None
     assert choice[3] != 0

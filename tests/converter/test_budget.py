@@ -5,19 +5,21 @@ from itertools import combinations
 import pytest
 
 from lfmq.converter.budget import (
+    open_choices,
     parse_budget,
     predicted_kld,
     save_recipe,
     settle_widths,
-    width_groups,
 )
 from lfmq.converter.checkpoint import open_checkpoint
 from lfmq.converter.collect import collect
 from lfmq.converter.convert import plan_layouts
-from lfmq.converter.plan import resolve_plan
+from lfmq.converter.peers import peer_bytes
+from lfmq.converter.plan import resolve_plan, token_bytes
 from lfmq.converter.recipe import load_recipe
 from lfmq.converter.statistics import Statistics
 from lfmq.converter.text import load_windows
+from lfmq.converter.units import expert_units
 from lfmq.formats.registry import FORMATS
 from lfmq.quant.errors import RecipeError, ValidationError
 
@@ -72,10 +74,10 @@ def test_the_budget_is_kept_and_spent(sample, statistics, name, share):
     widths = settle_widths(sample, load_recipe("int4"), of(name), statistics, f"{limit}B")
     nbytes = size(sample, widths.plan, name)
     assert nbytes <= limit
-    each = sum(e.size for e in widths.groups[0].entries) // 2
-    if len(widths.wide) < len(widths.groups):
+    each = sum(e.size for e in widths.units[0].entries) // 2
+    if sum(widths.choice) < len(widths.units):
         assert limit - nbytes < each + 8192  # a header grows with exceptions
-    assert len(widths.groups) == {"gguf": 12, "mlx": 12, "onnx": 64}[name]
+    assert len(widths.units) == {"gguf": 12, "mlx": 12, "onnx": 64}[name]
 
 
 def test_no_other_choice_of_that_size_is_better(sample, statistics):
@@ -84,24 +86,27 @@ def test_no_other_choice_of_that_size_is_better(sample, statistics):
     step = sum(e.size for e in base.entries if e.expert is not None) // 12 // 2
     limit = size(sample, base, "gguf") + 5 * step + 4096
     widths = settle_widths(sample, load_recipe("int4"), of("gguf"), statistics, f"{limit}B")
-    assert len(widths.wide) == 5
-    gains = [g.kld[0] - g.kld[1] for g in widths.groups]
-    best = max(sum(c) for c in combinations(gains, 5))
-    assert sum(gains[i] for i in widths.wide) == pytest.approx(best, rel=1e-12)
-    assert widths.kld == pytest.approx(
-        statistics.shared.kld + sum(g.kld[i in widths.wide] for i, g in enumerate(widths.groups))
+    assert sum(widths.choice) == 5
+    choices = open_choices(
+        sample.geometry, sample.assets, load_recipe("int4"), statistics, of("gguf")
     )
+    found = [
+        choices.kld(tuple(int(i in wide) for i in range(12)))
+        for wide in combinations(range(12), 5)
+    ]
+    assert widths.kld == pytest.approx(min(found), rel=1e-3)
+    assert widths.kld == pytest.approx(choices.kld(widths.choice), rel=1e-9)
 
 
 @pytest.mark.parametrize(
     ("names", "groups"),
     [(["gguf"], 12), (["gguf", "mlx"], 12), (["onnx"], 64), (["gguf", "onnx"], 4)],
 )
-def test_groups_suit_all_formats(sample, statistics, names, groups):
+def test_units_suit_all_formats(sample, statistics, names, groups):
     plan = resolve_plan(sample.geometry, load_recipe("int4"))
-    found = width_groups(plan, statistics, of(*names))
+    found = expert_units(plan, of(*names))
     assert len(found) == groups
-    assert sum(len(g.entries) for g in found) == 192
+    assert sum(len(unit.entries) for unit in found) == 192
     widths = settle_widths(sample, load_recipe("int4"), of(*names), statistics, "7.2bpw")
     plan_layouts(sample, widths.plan, of(*names))  # which checks that each can hold it
 
@@ -131,7 +136,7 @@ def test_prediction_without_a_budget(sample, statistics):
     assert None not in klds
     assert klds == sorted(klds)  # type: ignore[type-var]
     widths = settle_widths(sample, load_recipe("int4"), of("gguf"), statistics)
-    assert (widths.kld, widths.groups) == (klds[1], ())
+    assert (widths.kld, widths.units) == (klds[1], ())
 
 
 def test_too_small(sample, statistics):
@@ -142,7 +147,41 @@ def test_too_small(sample, statistics):
 def test_nothing_to_choose_by(sample, statistics):
     with pytest.raises(RecipeError, match="give --statistics FILE"):
         settle_widths(sample, load_recipe("int4-mixed"), of("gguf"), None)
-    bare = Statistics(statistics.identity, (), 1, statistics.inputs, {}, {})
+    bare = Statistics(statistics.identity, (), 1, statistics.inputs, {}, {}, {})
     with pytest.raises(ValidationError, match="no losses"):
         settle_widths(sample, load_recipe("int4-mixed"), of("gguf"), bare)
     assert settle_widths(sample, load_recipe("int4"), of("gguf"), bare).kld is None
+
+
+@pytest.mark.parametrize("name", ["gguf", "mlx", "onnx"])
+def test_any_weight_within_both_limits(sample, statistics, name):
+    base = load_recipe("int4").limited(budget="14MB", token_budget="4.6MB", choose="all")
+    widths = settle_widths(sample, base, of(name), statistics)
+    layout = plan_layouts(sample, widths.plan, of(name))[name]
+    assert layout.nbytes <= 14e6
+    assert 4.4e6 < token_bytes(widths.plan, layout) <= 4.6e6
+    assert {e.role for u in widths.units for e in u.entries} >= {"embedding", "conv", "expert_up"}
+    again = resolve_plan(sample.geometry, widths.recipe)
+    assert again.entries == widths.plan.entries
+
+
+def test_looser_limits_cost_no_more(sample, statistics):
+    klds = []
+    for limit in (13, 14, 15, 16):
+        base = load_recipe("int4").limited(budget=f"{limit}MB", choose="all")
+        klds.append(settle_widths(sample, base, of("mlx"), statistics).kld or 0.0)
+    assert klds == sorted(klds, reverse=True)
+
+
+def test_as_fast_as_the_usual_build(sample, statistics):
+    widths = settle_widths(sample, load_recipe("int4-fast"), of("mlx"), statistics)
+    layout = plan_layouts(sample, widths.plan, of("mlx"))["mlx"]
+    assert token_bytes(widths.plan, layout) <= peer_bytes("mlx-4bit", sample.geometry)[1]
+    with pytest.raises(RecipeError, match="sets no limit for compressed-tensors"):
+        settle_widths(sample, load_recipe("int4-fast"), of("compressed-tensors"), statistics)
+
+
+def test_limits_that_cannot_be_kept(sample, statistics):
+    base = load_recipe("int4").limited(token_budget="1MB", choose="all")
+    with pytest.raises(RecipeError, match=r"budget of 1,000,000 bytes a token: gguf needs 3,"):
+        settle_widths(sample, base, of("gguf"), statistics)

@@ -19,15 +19,20 @@ from lfmq.converter.collect import collect
 from lfmq.converter.forward import Model, run_model
 from lfmq.converter.locate import sample_file
 from lfmq.converter.statistics import (
+    MEASURED,
+    SCHEMES,
+    WHOLE,
     Statistics,
     identity_of,
     load_statistics,
+    part_of,
     save_statistics,
 )
 from lfmq.converter.tensors import expected_tensors
 from lfmq.converter.text import load_windows
+from lfmq.quant import rtn
 from lfmq.quant.errors import LfmqError, PlanError, ValidationError
-from lfmq.quant.types import Entry, InputMoments, Role, Scheme
+from lfmq.quant.types import FLOAT_ROLES, Entry, InputMoments, Role, Scheme, dequantize
 
 SEQUENCE = 128
 
@@ -94,17 +99,34 @@ def test_every_expert_is_accounted_for(sample, windows, gathered):
 
 
 def test_losses_and_sensitivities_make_sense(sample, statistics):
-    assert all(narrow > wide > 0 for narrow, wide in statistics.losses.values())
-    narrow, wide = (sum(loss[i] for loss in statistics.losses.values()) for i in (0, 1))
-    assert narrow > 50 * wide  # four bits more: 256 times less, less what GPTQ gains at four
-    assert set(statistics.layers) == set(sample.geometry.moe_layers)
-    assert all(s.error > 0 < s.kld < 0.01 for s in statistics.layers.values())
-    assert 0 < statistics.shared.kld < 0.01
-    # the weights of a layer alone add up to what all of them do together, roughly
-    for layer, found in statistics.layers.items():
-        prefix = f"model.layers.{layer}."
-        alone = sum(v[0] for k, v in statistics.losses.items() if k.startswith(prefix))
-        assert alone / statistics.tokens == pytest.approx(found.error, rel=0.2)
+    weights = [t for t in expected_tensors(sample.geometry) if t.role not in FLOAT_ROLES]
+    assert set(statistics.losses) == set(statistics.grids) == {t.name for t in weights}
+    assert all(loss > 0 for loss in statistics.losses.values())
+    parts = {part_of(t) for t in weights}
+    assert set(statistics.parts) == {*parts, "head", *WHOLE}
+    assert all(s.error > 0 < s.kld < 0.1 for s in statistics.parts.values())
+    wide, narrow = (statistics.parts[name].kld for name in WHOLE)
+    assert wide < narrow / 8
+    # the weights of a part alone add up to what all of them do together, roughly
+    for part in parts:
+        alone = sum(statistics.losses[t.name] for t in weights if part_of(t) == part)
+        assert alone / statistics.tokens == pytest.approx(statistics.parts[part].error, rel=0.35)
+
+
+def test_errors_of_grids_are_those_of_the_weights(sample, statistics):
+    """As the quantizer makes them; more bits and smaller groups have less."""
+    name = "model.layers.1.conv.in_proj.weight"
+    w, h = sample.read(name), statistics.inputs[name].mean
+    errors = dict(zip(SCHEMES, statistics.grids[name], strict=True))
+    assert errors[MEASURED] == 1
+
+    def error(scheme):
+        change = dequantize(rtn.quantize(w, scheme, h.astype(np.float32))) - w
+        return (change.astype(float) ** 2 * h).sum()
+
+    for scheme, found in errors.items():
+        assert found == pytest.approx(error(scheme) / error(MEASURED), rel=0.1)
+    assert errors[Scheme(4, 64)] > 1 > errors[Scheme(4, 32, "affine")] > errors[Scheme(8)]
 
 
 def test_threads_do_not_matter(sample, windows, statistics, tmp_path):
@@ -118,7 +140,7 @@ def test_file_round_trip(sample, statistics, tmp_path):
     save_statistics(path, statistics)
     found = load_statistics(path, sample.geometry)
     assert found.losses == statistics.losses
-    assert (found.layers, found.shared) == (statistics.layers, statistics.shared)
+    assert (found.grids, found.parts) == (statistics.grids, statistics.parts)
     assert (found.texts, found.tokens) == (statistics.texts, statistics.tokens)
     assert set(found.inputs) == set(statistics.inputs)
     for name, moments in statistics.inputs.items():
@@ -129,7 +151,7 @@ def test_file_round_trip(sample, statistics, tmp_path):
     with safe_open(path, "numpy") as file:  # as docs/statistics.md says, for any reader
         name = "model.layers.2.feed_forward.experts.0.w2.weight"
         assert file.get_tensor(f"{name}.sums").shape == (sample.geometry.moe_intermediate_size,)
-        assert file.get_tensor(f"{name}.loss").tolist() == list(statistics.losses[name])
+        assert file.get_tensor(f"{name}.loss").tolist() == [statistics.losses[name]]
 
 
 def test_merging_halves_gives_the_whole(sample, windows, statistics):
@@ -161,7 +183,7 @@ def test_cold_experts_take_the_layers_importance():
     few = InputMoments(4, 2.0, np.array([0.0, 0.0, 2.0, 0.0]))
     inputs = {entry(i).name: m for i, m in enumerate((warm, cold, few))}
     inputs[entry(1, Role.EXPERT_DOWN, "w2").name] = cold
-    statistics = Statistics("", (), 1004, inputs, {}, {})
+    statistics = Statistics("", (), 1004, inputs, {}, {}, {})
 
     def of(item):
         importance = statistics.importance(item)
@@ -294,7 +316,7 @@ def test_an_importance_matrix_and_back(sample, windows, statistics, tmp_path):
         assert imported.inputs[name].tokens == moments.tokens
         np.testing.assert_allclose(imported.inputs[name].mean, moments.mean, rtol=1e-6)
     assert imported.tokens == found.tokens
-    assert (imported.losses, imported.layers, imported.shared) == ({}, {}, None)
+    assert (imported.losses, imported.grids, imported.parts) == ({}, {}, {})
     with pytest.raises(PlanError, match=r"m\.gguf: already exists"):
         calibrate(sample, windows, tmp_path / "t", imatrix=matrix)
 
