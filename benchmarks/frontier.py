@@ -76,8 +76,8 @@ def tried(points: tuple[Point, ...], stride: int) -> list[Point]:
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
     """Spearman's."""
-    ranks = [np.argsort(np.argsort(values)) for values in (a, b)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    first, second = (np.argsort(np.argsort(values)) for values in (a, b))
+    return float(np.corrcoef(first, second)[0, 1])
 
 
 if __name__ == "__main__":
