@@ -1,5 +1,7 @@
 """The frontier as one HTML page that needs no network and no script."""
 
+import base64
+import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,13 @@ from lfmq.validation.scales import Scale, Tick, scale_for
 _FOLDER = Path(__file__).parent
 WIDTH, HEIGHT = 640, 380
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, WIDTH - 16, 12, HEIGHT - 46
+_STYLE = """
+.best { fill: none; stroke: var(--data); stroke-width: 2; }
+.size circle, .token circle { fill: var(--data); }
+.recipe circle { fill: var(--good); }
+.peer path { fill: var(--bad); }
+.drawing { max-width: 52rem; }
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +34,8 @@ class Drawn:
     name: str
     kind: str
     title: str
-    before: bool
+    label: tuple[float, float]
+    anchor: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +59,7 @@ def render_frontier(frontier: Frontier) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    style = (_FOLDER / "page.css").read_text("utf-8") + _STYLE
     charts = [
         _chart(frontier.points, "size", "Size of the build", lambda p: p.nbytes),
         _chart(frontier.points, "token", "Bytes read for a token", lambda p: p.token_bytes),
@@ -68,7 +79,8 @@ def render_frontier(frontier: Frontier) -> str:
         frontier=frontier,
         charts=[chart for chart in charts if chart is not None],
         rows=rows,
-        style=Markup((_FOLDER / "page.css").read_text("utf-8")),
+        style=Markup(style),
+        style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
         size=(WIDTH, HEIGHT),
         box=(_LEFT, _RIGHT, _TOP, _BOTTOM),
     )
@@ -97,4 +109,12 @@ def _drawn(point: Point, kld: float, x: float, y: Scale) -> Drawn:
         f"{point.name}: {point.nbytes:,} bytes, {point.token_bytes:,} a token, "
         f"{format_figure(kld, 'nats')} nats"
     )
-    return Drawn(x, y.place(kld), point.name, point.kind, title, x > 0.8 * WIDTH)
+    place = y.place(kld)
+    # nothing lies below the frontier; other builds' names stand above it, beside each other
+    label, anchor = {
+        "recipe": ((x + 6, place - 6), "start"),
+        "peer": ((x + 8, place + 12), "start"),
+    }.get(point.kind, ((x - 4, place + 15), "end"))
+    if anchor == "start" and x > 0.85 * WIDTH:
+        label, anchor = (x - 6, label[1]), "end"
+    return Drawn(x, place, point.name, point.kind, title, label, anchor)
