@@ -13,11 +13,12 @@ from ablation import judge, load
 from rich.console import Console
 from rich.table import Table
 
-from lfmq.converter.budget import Limits, choose_widths, predicted_kld
+from lfmq.converter.budget import choose_widths, predicted_kld
 from lfmq.converter.calibration import Settings
 from lfmq.converter.checkpoint import Checkpoint, open_checkpoint
 from lfmq.converter.collect import collect
 from lfmq.converter.forward import Model
+from lfmq.converter.limits import Limits
 from lfmq.converter.locate import sample_file
 from lfmq.converter.plan import resolve_plan
 from lfmq.converter.recipe import Recipe, load_recipe, parse_recipe

@@ -9,7 +9,6 @@ A ``budget`` chooses 4 or 8 bits for experts and leaves the shared weights to th
 that says ``choose = "all"`` has every weight chosen, among all grids that the format holds.
 """
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,11 +20,10 @@ from numpy.typing import NDArray
 from lfmq.converter.allocation import allocate
 from lfmq.converter.checkpoint import Checkpoint
 from lfmq.converter.collect import collect
-from lfmq.converter.memory import parse_bytes
-from lfmq.converter.peers import PEERS, peer_bytes
+from lfmq.converter.limits import Limits, limits_of
 from lfmq.converter.plan import resolve_plan
 from lfmq.converter.prediction import Cost, Prediction
-from lfmq.converter.recipe import Limit, Recipe
+from lfmq.converter.recipe import Recipe
 from lfmq.converter.statistics import SCHEMES, Statistics, has_losses
 from lfmq.converter.text import Windows
 from lfmq.converter.units import (
@@ -41,39 +39,9 @@ from lfmq.formats.build import Assets, Format
 from lfmq.quant.errors import RecipeError, ValidationError
 from lfmq.quant.types import Entry, Geometry, Plan, Scheme
 
-_PER_WEIGHT = re.compile(r"(\d+(?:\.\d+)?)\s*bpw", re.IGNORECASE)
 _PORTABLE = (Scheme(4), Scheme(8))
 # How often a choice is made again with the routed divergence as the last one found it.
 _ROUNDS = 6
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """A limit on the size of each build: bytes, or bits per weight."""
-
-    amount: float
-    per_weight: bool
-
-    def nbytes(self, weights: int) -> int:
-        """The limit for a model of that many weights, bytes."""
-        return int(self.amount * weights / 8) if self.per_weight else int(self.amount)
-
-
-def parse_budget(text: str) -> Budget:
-    """``5.69bpw``, ``6.1GB``, ``5800MiB`` or plain bytes.
-
-    Raises:
-        RecipeError: it is none of these.
-    """
-    found = _PER_WEIGHT.fullmatch(text.strip())
-    if found and float(found[1]):
-        return Budget(float(found[1]), True)
-    try:
-        return Budget(parse_bytes(text), False)
-    except RecipeError as error:
-        raise RecipeError(
-            f"budget {text!r}: expected bits per weight (5.69bpw) or bytes (6.1GB, 5800MiB)"
-        ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,14 +88,6 @@ class Widths:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What each format's build may take, bytes by format; a format that is absent has no limit."""
-
-    nbytes: Mapping[str, float]
-    token: Mapping[str, float]
-
-
 def settle_widths(
     checkpoint: Checkpoint,
     recipe: Recipe,
@@ -171,43 +131,6 @@ def settle_widths(
         statistics, _ = collect(checkpoint, windows, threads=threads, device=device)
     limits = limits_of(recipe, geometry, checkpoint.assets, formats)
     return choose_widths(geometry, checkpoint.assets, recipe, statistics, limits, formats)
-
-
-def limits_of(
-    recipe: Recipe, geometry: Geometry, assets: Assets, formats: Mapping[str, Format]
-) -> Limits:
-    """A recipe's limits in bytes.
-
-    The name of another quantizer's build (``lfmq.converter.peers``) stands for the bytes of its
-    weights; header and tokenizer files come on top.
-
-    Raises:
-        RecipeError: a limit is none.
-    """
-    plan = resolve_plan(geometry, recipe)
-    weights = sum(e.size for e in plan.entries)
-
-    def read(limit: Limit, *, token: bool) -> dict[str, float]:
-        found = {}
-        for name, module in formats.items():
-            text = limit.get(name) if isinstance(limit, Mapping) else limit
-            if text is None and limit is not None:
-                raise RecipeError(
-                    f"recipe {recipe.name}: it sets no limit for {name}; name a format with --to"
-                )
-            if text is None:
-                continue
-            if text in PEERS:
-                found[name] = float(peer_bytes(text, geometry)[token])
-                if not token:
-                    layout = module.layout(plan, assets)
-                    named = {e.name for e in plan.entries}
-                    found[name] += rest_bytes(plan, layout, named)[0]
-            else:
-                found[name] = parse_budget(text).nbytes(weights)
-        return found
-
-    return Limits(read(recipe.budget, token=False), read(recipe.token_budget, token=True))
 
 
 def predicted_kld(statistics: Statistics, plan: Plan) -> float | None:

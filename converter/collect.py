@@ -45,6 +45,7 @@ from lfmq.converter.streams import (
     InputsSeen,
     grid_errors,
     importance_of,
+    mean_divergences,
     overridden,
     round_narrow,
 )
@@ -59,8 +60,6 @@ STREAM_TOKENS = 4096
 _UNSCORED = 1 / 8
 # Losses are of weights as GPTQ rounds them, with nothing that needs the other stream.
 _SETTINGS = Settings(expert_ridge=None)
-# Positions whose predictions are compared at once.
-_HEAD_TOKENS = 512
 
 Progress = Callable[[int, int], None]
 Moments = dict[str, InputMoments]
@@ -362,37 +361,20 @@ class _Pass:
             changes[down],
         )
 
-    # ---- predictions
-
     def _score(self) -> dict[str, float]:
         """Mean KL divergence of every stream over what is scored of each window."""
         first = int(self._windows.ids.shape[1] * _UNSCORED)
-        w = self._model.weight(_EMBEDDING)
-        heads = {name: model.weight(_EMBEDDING) for name, model in self._rounded.items()}
-        heads["head"] = heads["shared at 4 bits"]
 
         def hidden(states: torch.Tensor) -> torch.Tensor:
             return normed(self._model, _FINAL_NORM, states[:, first:])
 
+        heads = {name: model.weight(_EMBEDDING) for name, model in self._rounded.items()}
+        heads["head"] = heads["shared at 4 bits"]
         wanted = hidden(self._states[: self._count])
         states = {name: hidden(stream) for name, stream in self._streams.items()}
         states["head"] = wanted
-        parts = [slice(i, i + _HEAD_TOKENS) for i in range(0, len(wanted), _HEAD_TOKENS)]
-
-        def divergences(part: slice) -> list[float]:
-            expected = F.log_softmax(F.linear(wanted[part], w), -1)
-            sums = []
-            for name, stream in states.items():
-                found = F.log_softmax(F.linear(stream[part], heads.get(name, w)), -1)
-                sums.append(
-                    float(F.kl_div(found, expected, log_target=True, reduction="sum").double())
-                )
-            return sums
-
-        total = np.sum(list(self._workers.map(divergences, parts)), axis=0)
-        return {
-            name: max(0.0, float(t)) for name, t in zip(states, total / len(wanted), strict=True)
-        }
+        head = self._model.weight(_EMBEDDING)
+        return mean_divergences(self._workers, wanted, head, states, heads)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lfmq.converter.budget import Choices, Limits, open_choices, settle_widths
+from lfmq.converter.budget import Choices, open_choices, settle_widths
 from lfmq.converter.checkpoint import Checkpoint
+from lfmq.converter.limits import Limits
 from lfmq.converter.peers import PEERS, peer_bytes, peer_scheme
 from lfmq.converter.plan import token_bytes
 from lfmq.converter.prediction import Cost, Prediction

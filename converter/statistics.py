@@ -34,7 +34,7 @@ WHOLE = {"shared": Scheme(8), "shared at 4 bits": MEASURED}
 # Grids whose rounding error is measured for every weight, relative to that of ``MEASURED``.
 SCHEMES: tuple[Scheme, ...] = (
     *(Scheme(bits, group) for bits in (4, 8) for group in _GROUPS),
-    *(Scheme(bits, group, "affine") for bits in (4, 8) for group in _GROUPS),
+    *(Scheme(bits, group, "affine") for bits in (4, 5, 6, 8) for group in _GROUPS),
     *(Scheme(bits, group, "asymmetric") for bits in (4, 8) for group in _GROUPS),
 )
 

@@ -5,12 +5,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from lfmq.converter.checkpoint import Checkpoint
 from lfmq.converter.forward import Model, ReadWeight
 from lfmq.converter.nearest import not_finite
 from lfmq.converter.statistics import MEASURED, SCHEMES
+from lfmq.converter.workers import Workers
 from lfmq.quant import gptq, rtn
 from lfmq.quant.errors import ValidationError
 from lfmq.quant.moments import second_moments
@@ -18,6 +20,8 @@ from lfmq.quant.types import InputMoments, Quantized, Scheme, dequantize
 
 # Rows of a weight that tell its error on every grid.
 _ROWS = 64
+# Positions whose predictions are compared at once.
+_HEAD_TOKENS = 512
 
 
 def importance_of(seen: InputMoments | None) -> NDArray[np.float32] | None:
@@ -97,3 +101,35 @@ def overridden(model: Model, weights: Mapping[str, NDArray[np.float32]]) -> Mode
         model.dtype,
         model.device,
     )
+
+
+def mean_divergences(
+    workers: Workers,
+    wanted: torch.Tensor,
+    head: torch.Tensor,
+    states: Mapping[str, torch.Tensor],
+    heads: Mapping[str, torch.Tensor],
+) -> dict[str, float]:
+    """Mean KL divergence of predictions, nats.
+
+    Args:
+        workers: do the work.
+        wanted: [T, H], final hidden states of the reference.
+        head: [V, H], of the reference.
+        states: [T, H] of each stream by name.
+        heads: of streams that have their own.
+    """
+    parts = [slice(i, i + _HEAD_TOKENS) for i in range(0, len(wanted), _HEAD_TOKENS)]
+
+    def divergences(part: slice) -> list[float]:
+        expected = F.log_softmax(F.linear(wanted[part], head), -1)
+        sums = []
+        for name, stream in states.items():
+            found = F.log_softmax(F.linear(stream[part], heads.get(name, head)), -1)
+            sums.append(
+                float(F.kl_div(found, expected, log_target=True, reduction="sum").double())
+            )
+        return sums
+
+    total = np.sum(list(workers.map(divergences, parts)), axis=0) / len(wanted)
+    return {name: max(0.0, float(kld)) for name, kld in zip(states, total, strict=True)}

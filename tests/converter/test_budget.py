@@ -6,7 +6,6 @@ import pytest
 
 from lfmq.converter.budget import (
     open_choices,
-    parse_budget,
     predicted_kld,
     save_recipe,
     settle_widths,
@@ -14,6 +13,7 @@ from lfmq.converter.budget import (
 from lfmq.converter.checkpoint import open_checkpoint
 from lfmq.converter.collect import collect
 from lfmq.converter.convert import plan_layouts
+from lfmq.converter.limits import parse_budget
 from lfmq.converter.peers import peer_bytes
 from lfmq.converter.plan import resolve_plan, token_bytes
 from lfmq.converter.recipe import load_recipe
