@@ -36,6 +36,7 @@ SCHEMES: tuple[Scheme, ...] = (
     *(Scheme(bits, group) for bits in (4, 8) for group in _GROUPS),
     *(Scheme(bits, group, "affine") for bits in (4, 5, 6, 8) for group in _GROUPS),
     *(Scheme(bits, group, "asymmetric") for bits in (4, 8) for group in _GROUPS),
+    *(Scheme(bits, group, "superblock") for bits, group in ((4, 32), (5, 32), (6, 16))),
 )
 
 
