@@ -3,10 +3,11 @@
 An error in a part of the model costs in two ways. It moves the predictions directly, which costs
 by its square. And it makes routers choose other experts, the oftener the larger it is, which
 costs by its size. Both are measured together, for each part at 4 bits. With ``e`` the direct
-divergence of a part, ``n`` the share of the routers that are behind it and one number ``r`` for
-the model, the part costs ``e + r n sqrt(e)``. Errors of several parts are independent, so that
-their squares add up: a plan costs ``sum e + r sqrt(sum n^2 e)``. ``r`` is what gives the two terms
-of all shared weights the proportion that their divergence has at 4 and at 8 bits, measured both.
+divergence of a part, ``n`` the share of the routers that are behind it (a fourth of that for
+experts, whose errors reach their own tokens alone) and one number ``r`` for the model, the part
+costs ``e + r n sqrt(e)``. Errors of several parts are independent, so that their squares add up: a
+plan costs ``sum e + r sqrt(sum n^2 e)``. ``r`` is what gives the two terms of all shared weights
+the proportion that their divergence has at 4 and at 8 bits, measured both.
 
 Inside a part the error of each weight is known, and on another grid than the one measured it is
 that times what rounding errors of the weight itself are there, relative to the measured one.
@@ -25,6 +26,9 @@ _INDEX = {scheme: index for index, scheme in enumerate(SCHEMES)}
 # Bounds of what is fitted: the number ``r``, and the share of the divergence that is by routing.
 _MOST, _SHARES = 10.0, (0.05, 0.95)
 _HALVINGS = 60
+# An expert's error reaches the tokens routed to it alone and turns fewer routers: with a fourth
+# of ``r`` the order and the sum of the sample's twelve stacks come out (docs/statistics.md).
+_OF_EXPERTS = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +91,7 @@ class Prediction:
         return self.statistics.losses[tensor.name] / error if error else 0.0
 
     def _behind(self, part: str) -> float:
-        """The share of routers that an error of the part reaches."""
+        """The share of routers that an error of the part turns as a shared weight's does."""
         routers = self.geometry.moe_layers
         if part == "head" or not routers:
             return 0.0
@@ -95,7 +99,8 @@ class Prediction:
             return 1.0
         layer, kind = part.split(".")
         own = kind in ("mixer", "dense")
-        return sum(r > int(layer) or (own and r == int(layer)) for r in routers) / len(routers)
+        behind = sum(r > int(layer) or (own and r == int(layer)) for r in routers) / len(routers)
+        return behind if own else _OF_EXPERTS * behind
 
     @cached_property
     def _routing(self) -> float:
