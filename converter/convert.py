@@ -22,6 +22,7 @@ from lfmq.converter.recipe import Recipe
 from lfmq.converter.statefile import StateFile
 from lfmq.converter.statistics import Statistics
 from lfmq.formats.build import BuildLayout, Format
+from lfmq.formats.page_cache import outgrows_memory
 from lfmq.formats.writer import BuildWriter
 from lfmq.quant.errors import CheckpointError, PlanError, UnsupportedError, ValidationError
 from lfmq.quant.types import Entry, Plan, Weight
@@ -176,6 +177,10 @@ def convert(
     stem = f"{checkpoint.assets.name}-{plan.recipe}"
     used = statistics if calibration is None else None
     depends = depends_on(checkpoint, recipe, plan, calibration, used, device)
+    passing = outgrows_memory(
+        sum(path.stat().st_size for path in checkpoint.weight_files)
+        + sum(layout.nbytes for layout in layouts.values())
+    )
     with ExitStack() as stack:
         stack.enter_context(lock_folder(output))
         writers = [
@@ -185,6 +190,7 @@ def convert(
                 force=force,
                 depends=depends,
                 threads=threads,
+                passing=passing,
             )
             for name, layout in layouts.items()
         ]
@@ -219,7 +225,7 @@ def convert(
                 state=state,
                 finished=finished,
             )
-        inputs = stack.enter_context(Fingerprints(checkpoint))
+        inputs = stack.enter_context(Fingerprints(checkpoint, passing=passing))
 
         def advance(step: Amount, total: Amount) -> None:
             inputs.advance(step.read)

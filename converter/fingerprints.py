@@ -6,16 +6,20 @@ next: each byte comes from the disk once.
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from threading import Condition
 from types import TracebackType
 from typing import Any, Self
 
 from lfmq.converter.checkpoint import INDEX, Checkpoint
+from lfmq.formats.page_cache import PageTrail
 from lfmq.quant.errors import CheckpointError
 
 # How far the read runs ahead, bytes; less than any machine's page cache.
-_AHEAD = 2**30
+_AHEAD = 2**29
+# What is kept behind the read, bytes: what the work may still want, and what it is at.
+_BEHIND = _AHEAD + 2**28
 # Small enough to be hashed before it leaves the processor's cache.
 _CHUNK = 2**20
 
@@ -29,15 +33,19 @@ def input_files(checkpoint: Checkpoint) -> list[Path]:
 
 
 class Fingerprints:
-    """Size and sha256 of every input; a context manager whose end stops the read."""
+    """Size and sha256 of every input; a context manager whose end stops the read.
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    With ``passing`` what the work is done with is let go of by the page cache.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, passing: bool = False) -> None:
         self._folder = checkpoint.folder
         self._files = input_files(checkpoint)
         self._room: float = _AHEAD
         self._stopped = False
         self._changed = Condition()
         self._pool = ThreadPoolExecutor(1)
+        self._trail = PageTrail(_BEHIND, active=passing)
 
     def __enter__(self) -> Self:
         self._found = self._pool.submit(self._read)
@@ -79,15 +87,17 @@ class Fingerprints:
             self._changed.notify()
 
     def _read(self) -> dict[str, Any]:
-        return {path.name: self._fingerprint(path) for path in self._files}
+        with ExitStack() as opened:  # to the end: the trail is behind in another file
+            return {path.name: self._fingerprint(path, opened) for path in self._files}
 
-    def _fingerprint(self, path: Path) -> dict[str, Any]:
+    def _fingerprint(self, path: Path, opened: ExitStack) -> dict[str, Any]:
         digest, nbytes, chunk = hashlib.sha256(), 0, memoryview(bytearray(_CHUNK))
-        with path.open("rb", buffering=0) as file:
-            while self._may_go_on() and (count := file.readinto(chunk)):
-                digest.update(chunk[:count])
-                nbytes += count
-                self._allow(-count)
+        file = opened.enter_context(path.open("rb", buffering=0))
+        while self._may_go_on() and (count := file.readinto(chunk)):
+            digest.update(chunk[:count])
+            self._trail.passed(file.fileno(), nbytes, nbytes + count)
+            nbytes += count
+            self._allow(-count)
         return {"bytes": nbytes, "sha256": digest.hexdigest()}
 
     def _may_go_on(self) -> bool:

@@ -11,16 +11,29 @@ from heapq import heapify, heappop
 from threading import Condition, Thread
 
 from lfmq.formats.build import FileLayout
+from lfmq.formats.page_cache import PageTrail
 
 # Small enough to be hashed before it leaves the processor's cache.
 _CHUNK = 2**20
+# Kept in the page cache until the disk has it, bytes.
+_BEHIND = 2**28
 
 
 class TrailingHashes:
-    """Hashes of files whose pieces are finished in any order; :meth:`stop` ends the thread."""
+    """Hashes of files whose pieces are finished in any order; :meth:`stop` ends the thread.
 
-    def __init__(self, files: Iterable[FileLayout], descriptors: Mapping[str, int]) -> None:
+    With ``passing`` what is hashed is let go of by the page cache.
+    """
+
+    def __init__(
+        self,
+        files: Iterable[FileLayout],
+        descriptors: Mapping[str, int],
+        *,
+        passing: bool = False,
+    ) -> None:
         self._descriptors = descriptors
+        self._trail = PageTrail(_BEHIND, active=passing, written=True)
         layouts = tuple(files)
         self._sizes = {file.path: file.size for file in layouts}
         self._missing = {f.path: [p.offset for p in f.pieces if p.nbytes] for f in layouts}
@@ -89,6 +102,7 @@ class TrailingHashes:
                 if not count:
                     raise FileNotFoundError(None, "removed or cut while it was written")
                 self._hashes[path].update(part[:count])
+                self._trail.passed(self._descriptors[path], at, at + count)
                 with self._changed:
                     self._done[path] += count
                     self._changed.notify_all()

@@ -27,7 +27,8 @@ class BuildWriter:
     A context manager. Entering it reserves the space, so a full disk is found out before the first
     weight is read, or takes up what an earlier run left under the temporary name: units whose
     bytes are there are ``finished``, writing them again does nothing. After an error what is
-    written stays for the next run, unless there is none of it yet.
+    written stays for the next run, unless there is none of it yet. With ``passing`` the page cache
+    lets go of what is on the disk.
 
     Attributes:
         target: the final name.
@@ -48,6 +49,7 @@ class BuildWriter:
         force: bool = False,
         depends: Mapping[str, str] | None = None,
         threads: int = 1,
+        passing: bool = False,
     ) -> None:
         self.target = target
         self.layout = layout
@@ -58,6 +60,7 @@ class BuildWriter:
         self._journal = Journal(target.with_name(target.name + ".part.journal"))
         self._depends = {**(depends or {}), "the layout of the build": digest(layout)}
         self._threads = threads
+        self._passing = passing
         self._files: dict[str, int] = {}
         self._filler = Filler(self.part, layout, self.finished)
         self._digests: dict[tuple[str, ...], tuple[str, ...]] = {}
@@ -100,7 +103,7 @@ class BuildWriter:
                 self._reopen(self._past)
             else:
                 self._create()
-            self._hashes = TrailingHashes(self.layout.files, self._files)
+            self._hashes = TrailingHashes(self.layout.files, self._files, passing=self._passing)
             for names in self._digests:
                 self._follow(names)
         except OSError as error:

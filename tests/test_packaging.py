@@ -26,6 +26,7 @@ NEUTRAL_FORMAT_MODULES = {
     "hashes",
     "hf_config",
     "journal",
+    "page_cache",
     "registry",
     "safetensors_file",
     "safetensors_layout",
