@@ -29,6 +29,7 @@ _HALVINGS = 60
 # An expert's error reaches the tokens routed to it alone and turns fewer routers: with a fourth
 # of ``r`` the order and the sum of the sample's twelve stacks come out (docs/statistics.md).
 _OF_EXPERTS = 0.25
+_EXPERT_PARTS = ("inner", "down")
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +124,29 @@ class Prediction:
 
     @cached_property
     def _direct(self) -> dict[str, float]:
-        return self._direct_at(self._routing)
+        return self._evened(self._direct_at(self._routing))
+
+    def _evened(self, direct: dict[str, float]) -> dict[str, float]:
+        """The same, an error in gate and up against one in down costing alike in all layers.
+
+        What a layer's experts cost together is measured well, how it divides between the two
+        is not: the proportion is that of all layers.
+        """
+        pairs = {}
+        for layer in self.geometry.moe_layers:
+            errors = [self.statistics.parts[f"{layer}.{kind}"].error for kind in _EXPERT_PARTS]
+            costs = [direct[f"{layer}.{kind}"] for kind in _EXPERT_PARTS]
+            if min(errors) > 0 and min(costs) > 0:
+                pairs[layer] = errors, sum(costs), costs[0] / errors[0] * errors[1] / costs[1]
+        if not pairs:
+            return direct
+        proportion = float(np.exp(np.mean([np.log(found) for *_, found in pairs.values()])))
+        evened = dict(direct)
+        for layer, (errors, total, _) in pairs.items():
+            each = total / (proportion * errors[0] + errors[1])
+            evened[f"{layer}.inner"] = proportion * errors[0] * each
+            evened[f"{layer}.down"] = errors[1] * each
+        return evened
 
     def _direct_at(self, routing: float) -> dict[str, float]:
         """The direct divergence of each part at the measured grid, from the whole one."""

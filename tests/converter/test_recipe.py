@@ -127,6 +127,8 @@ def test_what_is_no_recipe(text):
 def test_a_file_that_cannot_be_read(tmp_path, content):
     path = tmp_path / "mine.toml"
     path.mkdir() if content is None else path.write_bytes(content)
-    known = r"neither a built-in recipe \(int4, int4-all, int4-fast, int4-mixed, int8, q4_k_m, q5_k_m, q6_k\)"
+    known = (
+        r"neither a built-in recipe \(int4, int4-all, int4-fast, int4-mixed, int8, q4_k_m, .*\)"
+    )
     with pytest.raises(RecipeError, match=known):
         load_recipe(str(path))
