@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -188,9 +188,8 @@ def mlx_lm(options: argparse.Namespace) -> list[Row]:
     return [row]
 
 
-def grow(options: argparse.Namespace) -> list[Row]:
+def grow(options: argparse.Namespace) -> Iterator[Row]:
     """Other numbers of layers and experts, each made, converted once a round and removed."""
-    rows = []
     for layers, experts, width, vocabulary in GROWTH:
         if layers > options.largest:
             continue
@@ -201,9 +200,8 @@ def grow(options: argparse.Namespace) -> list[Row]:
         for _ in range(options.rounds):
             row = convert(options, folder, ["gguf"])[0]
             name = f"{layers} layers, {experts} experts"
-            rows.append(row | {"run": name, "ns_per_weight": row["seconds"] / nbytes * 2e9})
+            yield row | {"run": name, "ns_per_weight": row["seconds"] / nbytes * 2e9}
         shutil.rmtree(folder)
-    return rows
 
 
 def calibrate(options: argparse.Namespace) -> list[Row]:
