@@ -98,7 +98,7 @@ def judge(
     """Mean KLD, routing and seconds of a recipe; without settings rounded to nearest."""
     started = time.monotonic()
     chosen = None if settings is None else windows
-    _, weights = ours(sample, recipe, chosen, settings)
+    weights = ours(sample, recipe, chosen, settings)
     seconds = time.monotonic() - started
     found = compare_model(reference, Model(sample.geometry, lambda name: weights[name]))
     kld = summarize_scores(found.scores).kld

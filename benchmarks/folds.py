@@ -82,7 +82,7 @@ def main() -> None:
             source = folded(sample, squares, fold)
             figures = []
             for chosen in (None, windows):
-                _, weights = ours(source, load_recipe(recipe), chosen, Settings())
+                weights = ours(source, load_recipe(recipe), chosen, Settings())
                 found = compare_model(reference, Model(sample.geometry, weights.__getitem__))
                 figures.append(f"{summarize_scores(found.scores).kld.mean:.6f}")
             figures.append(f"{found.routing.exact_set:.4f}")

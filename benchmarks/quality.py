@@ -31,7 +31,7 @@ from lfmq.converter.recipe import Recipe, load_recipe
 from lfmq.converter.tensors import Tensor, expected_tensors
 from lfmq.converter.text import Windows, load_windows
 from lfmq.formats.registry import FORMATS
-from lfmq.quant.types import FLOAT_ROLES, Geometry, Plan, Quantized, Weight, dequantize
+from lfmq.quant.types import FLOAT_ROLES, Geometry, Quantized, Weight, dequantize
 from lfmq.validation.runs import Reference, compare_model, run_reference
 from lfmq.validation.summaries import summarize_scores
 
@@ -101,8 +101,8 @@ def builds(
 ) -> Iterator[tuple[str, Callable[[], tuple[int, Weights]]]]:
     """Names of builds and what makes them."""
     for recipe in ("int8", "int4", "int4-all", *LLAMA_CPP):
-        yield f"{recipe}, nearest", partial(ours, sample, load_recipe(recipe), None)
-        yield f"{recipe}, calibrated", partial(ours, sample, load_recipe(recipe), calibration)
+        yield f"{recipe}, nearest", partial(sized, sample, load_recipe(recipe), None)
+        yield f"{recipe}, calibrated", partial(sized, sample, load_recipe(recipe), calibration)
     importance = collect_importance(sample, calibration)
     library = load_library()
 
@@ -139,8 +139,8 @@ def builds(
 
 def ours(
     sample: Checkpoint, recipe: Recipe, windows: Windows | None, settings: Settings | None = None
-) -> tuple[int, Weights]:
-    """Bytes in GGUF and weights of a recipe, rounded to nearest or calibrated."""
+) -> Weights:
+    """Weights of a recipe, rounded to nearest or calibrated."""
     plan = resolve_plan(sample.geometry, recipe)
     found: dict[str, Weight] = {}
     if windows is None:
@@ -150,14 +150,15 @@ def ours(
         units = calibrated_units(sample, plan, calibration, found.update, threads=2)
     for _ in units:
         pass
-    values = {n: dequantize(w) if isinstance(w, Quantized) else w for n, w in found.items()}
-    return tensor_bytes(sample, plan), values
+    return {n: dequantize(w) if isinstance(w, Quantized) else w for n, w in found.items()}
 
 
-def tensor_bytes(sample: Checkpoint, plan: Plan) -> int:
-    """Bytes of tensors alone in GGUF."""
+def sized(sample: Checkpoint, recipe: Recipe, windows: Windows | None) -> tuple[int, Weights]:
+    """Bytes of tensors alone in GGUF, and weights."""
+    plan = resolve_plan(sample.geometry, recipe)
     layout = FORMATS["gguf"].layout(plan, sample.assets)
-    return sum(piece.nbytes for file in layout.files for piece in file.pieces)
+    nbytes = sum(piece.nbytes for file in layout.files for piece in file.pieces)
+    return nbytes, ours(sample, recipe, windows)
 
 
 def types_of(geometry: Geometry, recipe: Recipe) -> Callable[[Tensor], Q]:

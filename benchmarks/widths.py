@@ -26,12 +26,16 @@ from lfmq.converter.statistics import Statistics
 from lfmq.formats.registry import FORMATS
 from lfmq.validation.runs import run_reference
 
+# Of the experts' weights at 8 bits.
+SHARES = {"1/3": 1 / 3, "1/2": 1 / 2, "2/3": 2 / 3}
+
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=32768, help="of calibration")
     parser.add_argument("--evaluate", type=int, default=98304, help="tokens of evaluation")
+    parser.add_argument("--share", action="append", choices=SHARES, help="default: all")
     options = parser.parse_args()
     torch.set_num_threads(1)
     sample = open_checkpoint(sample_file())
@@ -42,7 +46,7 @@ def main() -> None:
     table = Table(title=f"{evaluation.tokens:,} tokens of evaluation")
     for column in ("experts at 8 bits", "chosen by", "predicted", "measured", "same experts"):
         table.add_column(column, justify="left" if column == "chosen by" else "right")
-    for share, name, recipe in plans(sample, statistics):
+    for share, name, recipe in plans(sample, statistics, options.share or list(SHARES)):
         predicted = predicted_kld(statistics, resolve_plan(sample.geometry, recipe))
         kld, routing, _ = judge(sample, reference, recipe, calibration, Settings())
         table.add_row(share, name, f"{predicted:.6f}", kld, routing)
@@ -50,7 +54,9 @@ def main() -> None:
     Console(width=110).print(table)
 
 
-def plans(sample: Checkpoint, statistics: Statistics) -> list[tuple[str, str, Recipe]]:
+def plans(
+    sample: Checkpoint, statistics: Statistics, shares: list[str]
+) -> list[tuple[str, str, Recipe]]:
     """Share of the experts at 8 bits, who chose it, and the recipe."""
     layers, experts = sample.geometry.moe_layers, sample.geometry.num_experts
     rules = {
@@ -66,19 +72,18 @@ def plans(sample: Checkpoint, statistics: Statistics) -> list[tuple[str, str, Re
         "2/3": {"every up and down": 'roles = ["expert_up", "expert_down"]'},
     }
     found = [("none", "int4", load_recipe("int4"))]
-    for share, named in rules.items():
-        for name, rule in named.items():
+    for share in shares:
+        for name, rule in rules[share].items():
             found.append((share, name, ruled(name, rule)))
         units = (("layer", "compressed-tensors"), ("stack", "gguf"), ("expert", "onnx"))
         for unit, container in units:
             module = FORMATS[container]
-            like = {"1/3": 1 / 3, "1/2": 1 / 2, "2/3": 2 / 3}[share]
             least, most = (
                 module.layout(resolve_plan(sample.geometry, load_recipe(r)), sample.assets).nbytes
                 for r in ("int4", "int8")
             )
             # a page of header is what exceptions may take
-            limit = least + like * (most - least) + 4096
+            limit = least + SHARES[share] * (most - least) + 4096
             chosen = choose_widths(
                 sample.geometry,
                 sample.assets,
