@@ -9,20 +9,22 @@ _ONE = np.float32(1)
 
 
 @njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def round_columns(x, e, u, s, inverse, b, lowest, highest):  # type: ignore[no-untyped-def] # pragma: no cover
-    """Round one column after another and let those after it make up for its error.
+def round_columns(x, e, u, start, stop, s, inverse, b, lowest, highest):  # type: ignore[no-untyped-def] # pragma: no cover
+    """Round columns start to stop one after another; all after each make up for its error.
 
     Args:
         x: scratch [g, 16] of weights; becomes their codes q, with ``w = s q + b``.
         e: scratch [g, 16]; becomes the error that the columns after these make up for.
         u: upper Cholesky factor [g, g] of the columns.
+        start: first column that has this scale.
+        stop: the one after the last.
         s: scale, a vector.
         inverse: of the scale.
         b: offset, a vector.
         lowest: code, a vector.
         highest: code, a vector.
     """
-    for c in range(x.shape[0]):
+    for c in range(start, stop):
         value = load(x, c)
         q = nearest((value - b) * inverse, lowest, highest)
         missing = (value - (q * s + b)) * (_ONE / u[c, c])
@@ -33,11 +35,24 @@ def round_columns(x, e, u, s, inverse, b, lowest, highest):  # type: ignore[no-u
 
 
 @njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def spread(g, d, h):  # type: ignore[no-untyped-def] # pragma: no cover
-    """What changes d [g, 16] of the weights do to the gradient g [g, 16]."""
-    for j in range(0, g.shape[0], 4):  # four sums at a time: each waits for itself only
+def spread(g, q, d, h, start, stop, along, up):  # type: ignore[no-untyped-def] # pragma: no cover
+    """What a step along codes and one up do to weights and gradient.
+
+    Args:
+        g: gradient [g, 16], half the loss's; that of columns from ``start`` on is moved.
+        q: codes [g, 16].
+        d: changes [g, 16] of the weights; those of columns start to stop are filled in.
+        h: moments [g, g].
+        start: first column that has this scale.
+        stop: the one after the last.
+        along: step of the scale, a vector.
+        up: of the offset, a vector.
+    """
+    for k in range(start, stop):
+        store(d, k, load(q, k) * along + up)
+    for j in range(start, g.shape[0], 4):  # four sums at a time: each waits for itself only
         a, b, c, e = load(g, j), load(g, j + 1), load(g, j + 2), load(g, j + 3)
-        for k in range(g.shape[0]):
+        for k in range(start, stop):
             move = load(d, k)
             a = a + move * h[k, j]
             b = b + move * h[k, j + 1]
@@ -50,7 +65,7 @@ def spread(g, d, h):  # type: ignore[no-untyped-def] # pragma: no cover
 
 
 @njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def refit_codes(g, q, d, h, s, inverse, lowest, highest):  # type: ignore[no-untyped-def] # pragma: no cover
+def refit_codes(g, q, d, h, start, stop, s, inverse, lowest, highest):  # type: ignore[no-untyped-def] # pragma: no cover
     """Move each code to the one of least loss, with the gradient of those after it.
 
     Args:
@@ -58,12 +73,14 @@ def refit_codes(g, q, d, h, s, inverse, lowest, highest):  # type: ignore[no-unt
         q: codes [g, 16].
         d: changes [g, 16] of the weights, added to.
         h: moments [g, g].
+        start: first column that has this scale.
+        stop: the one after the last.
         s: scale, a vector.
         inverse: of the scale.
         lowest: code, a vector.
         highest: code, a vector.
     """
-    for j in range(q.shape[0]):
+    for j in range(start, stop):
         before = load(q, j)
         moved = before - load(g, j) * (_ONE / h[j, j]) * inverse
         after = nearest(moved, lowest, highest)

@@ -99,7 +99,7 @@ def _round_group(w, u, h, affine, top, spans, moves, level, scale, offset, error
             load_columns(w, row, j, x, j)
         s, inverse, b, zero, finite = search_offset(x, h, affine, top, spans, moves)
         sound = finite and sound
-        round_columns(x, e, u, s, inverse, b, lowest, highest)
+        round_columns(x, e, u, 0, group, s, inverse, b, lowest, highest)
         store(found, 0, s)
         store(found, 1, b if affine else zero)
         for lane in range(LANES):
@@ -132,9 +132,9 @@ def _descend_group(gradient, h, affine, top, level, scale, offset, change):  # t
             s, o, along, up = _refit_affine(s, o, sums)
         else:
             s, o, along, up = _refit_zero(s, o, top, zero, sums)
-        _spread_steps(g, q, h, d, along, up)
+        spread(g, q, d, h, 0, group, along, up)
         inverse = ratio(splat(_ONE), s)
-        refit_codes(g, q, d, h, s, inverse, lowest, highest)
+        refit_codes(g, q, d, h, 0, group, s, inverse, lowest, highest)
         store(found, 0, s)
         store(found, 1, o)
         for lane in range(LANES):
@@ -203,11 +203,3 @@ def _refit_zero(s, o, top, zero, sums):  # type: ignore[no-untyped-def] # pragma
     new_o = nearest(o + move, nothing, splat(top))
     # p = q - zero moves by ds p, then by -s times the zero's step
     return new_s, new_o, ds, -ds * zero - new_s * (new_o - o)
-
-
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _spread_steps(g, q, h, d, along, up):  # type: ignore[no-untyped-def] # pragma: no cover
-    """What steps of scale and offset do to weights and gradient."""
-    for k in range(q.shape[0]):
-        store(d, k, load(q, k) * along + up)
-    spread(g, d, h)

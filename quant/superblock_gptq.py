@@ -19,6 +19,7 @@ import torch
 from numba import njit
 from numpy.typing import NDArray
 
+from lfmq.quant.columns import refit_codes, round_columns, spread
 from lfmq.quant.grid_state import GridState, by_rows
 from lfmq.quant.superblock_lanes import (
     HIGHEST,
@@ -202,14 +203,8 @@ def _round_columns(w, u, h, signed, top, spans, moves, pair, code, step, shift, 
             bad = most(bad, _choose(x, h, g, signed, top, spans, moves, both, steps, shifts, work))
             size, below = load(both, 0) * load(steps, g), load(both, 1) * load(shifts, g)
             inverse = ratio(splat(_ONE), size)
-            for c in range(g * group, (g + 1) * group):
-                value = load(x, c)
-                q = nearest((value + below) * inverse, low, high)
-                missing = (value - (q * size - below)) * (_ONE / u[c, c])
-                store(x, c, q)
-                store(e, c, missing)
-                for j in range(c + 1, columns):
-                    store(x, j, load(x, j) - missing * u[c, j])
+            start, stop = g * group, (g + 1) * group
+            round_columns(x, e, u, start, stop, size, inverse, -below, low, high)
         for j in range(0, columns, 2 * LANES):
             store_columns(code, row, j, x, j)
             store_columns(error, row, j, e, j)
@@ -255,18 +250,10 @@ def _descend_columns(gradient, h, signed, top, pair, code, step, shift, change):
         _load_codes(shift, row, shifts)
         for i in range(each):
             start, stop = i * group, (i + 1) * group
-            _refit_codes(g, q, d, h, i, start, stop, signed, both, steps, shifts)
+            _refit_step(g, q, d, h, i, start, stop, signed, both, steps, shifts)
             size = load(both, 0) * load(steps, i)
             inverse = ratio(splat(_ONE), size)
-            for j in range(start, stop):
-                before = load(q, j)
-                moved = before - load(g, j) * (_ONE / h[j, j]) * inverse
-                after = nearest(moved, low, high)
-                move = (after - before) * size
-                store(q, j, after)
-                store(d, j, load(d, j) + move)
-                for k in range(j + 1, columns):
-                    store(g, k, load(g, k) + move * h[j, k])
+            refit_codes(g, q, d, h, start, stop, size, inverse, low, high)
         for j in range(0, columns, 2 * LANES):
             store_columns(code, row, j, q, j)
             store_columns(change, row, j, d, j)
@@ -275,7 +262,7 @@ def _descend_columns(gradient, h, signed, top, pair, code, step, shift, change):
 
 
 @njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _refit_codes(g, q, d, h, i, start, stop, signed, pair, steps, shifts):  # type: ignore[no-untyped-def] # pragma: no cover
+def _refit_step(g, q, d, h, i, start, stop, signed, pair, steps, shifts):  # type: ignore[no-untyped-def] # pragma: no cover
     """Move step and shift of sub-block i to whole numbers of less loss; d = the change."""
     zero = splat(_ZERO)
     down_a, down_b, aa, ab, bb = zero, zero, zero, zero, zero  # for a = q, b = 1
@@ -316,16 +303,4 @@ def _refit_codes(g, q, d, h, i, start, stop, signed, pair, steps, shifts):  # ty
         best = where_above(best, loss, loss, best)
     store(steps, i, chosen)
     store(shifts, i, moved)
-    _spread(g, q, d, h, start, stop, along, up)
-
-
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _spread(g, q, d, h, start, stop, along, up):  # type: ignore[no-untyped-def] # pragma: no cover
-    """What a move along codes and one up do to weights and gradient."""
-    for k in range(start, stop):
-        store(d, k, load(q, k) * along + up)
-    for j in range(start, q.shape[0]):
-        slope = load(g, j)
-        for k in range(start, stop):
-            slope = slope + load(d, k) * h[k, j]
-        store(g, j, slope)
+    spread(g, q, d, h, start, stop, along, up)

@@ -78,7 +78,7 @@ def _round_group(w, u, h, low, high, targets, level, scale, error):  # type: ign
             load_columns(w, row, j, x, j)
         s, inverse, finite = search_scale(x, h, lowest, highest, targets)
         sound = finite and sound
-        round_columns(x, e, u, s, inverse, splat(_ZERO), lowest, highest)
+        round_columns(x, e, u, 0, group, s, inverse, splat(_ZERO), lowest, highest)
         store(found, 0, s)
         for lane in range(LANES):
             scale[row + lane] = found[0, lane]
@@ -107,11 +107,9 @@ def _descend_group(gradient, h, low, high, level, scale, change):  # type: ignor
         for lane in range(LANES):
             found[0, lane] = scale[row + lane]
         s, step = _refit_scale(g, q, h, load(found, 0))
-        for j in range(group):
-            store(d, j, load(q, j) * step)
-        spread(g, d, h)
+        spread(g, q, d, h, 0, group, step, splat(_ZERO))
         inverse = ratio(splat(_ONE), s)
-        refit_codes(g, q, d, h, s, inverse, lowest, highest)
+        refit_codes(g, q, d, h, 0, group, s, inverse, lowest, highest)
         store(found, 0, s)
         for lane in range(LANES):
             scale[row + lane] = found[0, lane]

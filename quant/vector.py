@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.extending import intrinsic, models, overload, register_model
 from numpy.typing import NDArray
 
@@ -159,14 +159,10 @@ def _negative(a: Any) -> Any:
     return (lambda a: splat(np.float32(-0.0)) - a) if a == VECTOR else None
 
 
-def nearest(value: Any, low: Any, high: Any) -> Any:
+@njit(nogil=True, cache=True, error_model="numpy", inline="always")
+def nearest(value: Any, low: Any, high: Any) -> Any:  # pragma: no cover
     """The nearest integers, ties to even, between two vectors."""
-    raise NotImplementedError("of kernels only")
-
-
-@overload(nearest, inline="always", strict=False)
-def _nearest(value: Any, low: Any, high: Any) -> Any:
-    return lambda value, low, high: least(most((value + _ROUND) - _ROUND, low), high)
+    return least(most((value + _ROUND) - _ROUND, low), high)
 
 
 # ---- memory
@@ -178,23 +174,12 @@ def whole_lanes(w: NDArray[Any]) -> NDArray[Any]:
     return np.concatenate((w, np.zeros((missing, w.shape[1]), w.dtype))) if missing else w
 
 
-def _place(context: Any, b: Any, kind: Any, array: Any, *index: Any) -> Any:
-    """Address of an element of a C-contiguous array, from numba's value of it."""
-    found = context.make_array(kind)(context, b, array)
-    at = index[0]
-    for axis, i in enumerate(index[1:], 1):
-        at = b.add(b.mul(at, b.extract_value(found.shape, axis)), i)
-    return b.gep(found.data, [at])
-
-
 @_code
 def load(_: Any, scratch: Any, j: Any) -> Any:
     """Row j of scratch."""
 
     def build(context: Any, b: Any, sig: Any, values: Any) -> Any:
-        start = b.mul(values[1], ir.Constant(values[1].type, LANES))
-        place = b.gep(context.make_array(sig.args[0])(context, b, values[0]).data, [start])
-        return b.load(b.bitcast(place, _FLOATS.as_pointer()), align=4)
+        return b.load(next(_scratch(context, b, sig.args[0], values[0], values[1], 1)), align=4)
 
     return VECTOR(scratch, types.intp), build
 
@@ -204,9 +189,8 @@ def store(_: Any, scratch: Any, j: Any, value: Any) -> Any:
     """Make a vector row j of scratch."""
 
     def build(context: Any, b: Any, sig: Any, values: Any) -> Any:
-        start = b.mul(values[1], ir.Constant(values[1].type, LANES))
-        place = b.gep(context.make_array(sig.args[0])(context, b, values[0]).data, [start])
-        b.store(values[2], b.bitcast(place, _FLOATS.as_pointer()), align=4)
+        place = next(_scratch(context, b, sig.args[0], values[0], values[1], 1))
+        b.store(values[2], place, align=4)
         return context.get_dummy_value()
 
     return types.void(scratch, types.intp, VECTOR), build
@@ -294,15 +278,15 @@ def store_codes(_: Any, rows: Any, row: Any, column: Any, scratch: Any, j: Any) 
 
 
 def _lines(context: Any, b: Any, kind: Any, matrix: Any, row: Any, column: Any) -> Iterator[Any]:
-    """Addresses at a column of sixteen rows of a matrix."""
+    """Addresses at a column of sixteen rows of a C-contiguous matrix."""
+    found = context.make_array(kind)(context, b, matrix)
+    width = b.extract_value(found.shape, 1)
     for lane in range(LANES):
-        at = b.add(row, ir.Constant(row.type, lane))
-        yield _place(context, b, kind, matrix, at, column)
+        start = b.mul(b.add(row, ir.Constant(row.type, lane)), width)
+        yield b.gep(found.data, [b.add(start, column)])
 
 
-def _scratch(
-    context: Any, b: Any, kind: Any, scratch: Any, j: Any, count: int = LANES
-) -> Iterator[Any]:
+def _scratch(context: Any, b: Any, kind: Any, scratch: Any, j: Any, count: int) -> Iterator[Any]:
     """Addresses of rows of scratch."""
     data = context.make_array(kind)(context, b, scratch).data
     for k in range(count):
