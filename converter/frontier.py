@@ -7,7 +7,7 @@ from typing import Any
 from lfmq.converter.budget import Choices, open_choices, settle_widths
 from lfmq.converter.checkpoint import Checkpoint
 from lfmq.converter.limits import Limits
-from lfmq.converter.peers import PEERS, peer_bytes, peer_scheme
+from lfmq.converter.peers import PEERS, peer_bytes, peer_schemes
 from lfmq.converter.plan import token_bytes
 from lfmq.converter.prediction import Cost, Prediction
 from lfmq.converter.recipe import Recipe, builtin_recipes, load_recipe, parse_recipe
@@ -160,8 +160,9 @@ def _peers(checkpoint: Checkpoint, statistics: Statistics, rest: float) -> Itera
     floats = 4 * sum(t.size for t in tensors if t.role in FLOAT_ROLES)
     for peer in PEERS:
         total: Cost | None = Cost()
+        schemes = peer_schemes(peer, geometry)
         for tensor in tensors:
-            scheme = peer_scheme(peer, tensor, geometry)
+            scheme = schemes[tensor.name]
             if scheme is None or tensor.role in FLOAT_ROLES:
                 continue
             cost = prediction.cost(tensor, scheme)

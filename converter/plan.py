@@ -19,12 +19,27 @@ def resolve_plan(geometry: Geometry, recipe: Recipe) -> Plan:
     """
     tensors = expected_tensors(geometry)
     quantizable = [t for t in tensors if t.role not in FLOAT_ROLES]
-    rules = [rule.in_model(quantizable) for rule in recipe.rules]
-    for number, rule in enumerate(rules, 1):
+    for number, rule in enumerate(_rules(recipe, tensors), 1):
         if not any(rule.matches(t) for t in quantizable):
             raise RecipeError(f"recipe {recipe.name}: rule {number} matches no tensor")
-    entries = (_entry(t, _storage(t, rules, recipe.name)) for t in tensors)
-    return Plan(geometry, tuple(entries), recipe.name)
+    stored = storages(geometry, recipe)
+    return Plan(geometry, tuple(_entry(t, stored[t.name]) for t in tensors), recipe.name)
+
+
+def storages(geometry: Geometry, recipe: Recipe) -> dict[str, Storage]:
+    """What a recipe says of every tensor by name, whether its rows can hold it or not.
+
+    Raises:
+        RecipeError: a tensor is matched by no rule.
+    """
+    tensors = expected_tensors(geometry)
+    rules = _rules(recipe, tensors)
+    return {t.name: _storage(t, rules, recipe.name) for t in tensors}
+
+
+def _rules(recipe: Recipe, tensors: Iterable[Tensor]) -> list[Rule]:
+    quantizable = [t for t in tensors if t.role not in FLOAT_ROLES]
+    return [rule.in_model(quantizable) for rule in recipe.rules]
 
 
 def _storage(tensor: Tensor, rules: list[Rule], recipe: str) -> Storage:
