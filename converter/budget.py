@@ -121,15 +121,15 @@ def settle_widths(
     if recipe.budget is None and recipe.token_budget is None:
         plan = resolve_plan(geometry, recipe)
         return Widths(recipe, plan, kld=predicted_kld(statistics, plan) if statistics else None)
+    if statistics is None and windows is None:
+        raise RecipeError(
+            f"recipe {recipe.name}: widths for a budget are chosen by statistics; "
+            "give --statistics FILE, made by lfmq calibrate"
+        )
+    limits = limits_of(recipe, geometry, checkpoint.assets, formats)  # refuses before the work
     if statistics is None:
-        if windows is None:
-            raise RecipeError(
-                f"recipe {recipe.name}: widths for a budget are chosen by statistics; "
-                "give --statistics FILE, made by lfmq calibrate"
-            )
-        limits_of(recipe, geometry, checkpoint.assets, formats)  # refuses before the work
+        assert windows is not None
         statistics, _ = collect(checkpoint, windows, threads=threads, device=device)
-    limits = limits_of(recipe, geometry, checkpoint.assets, formats)
     return choose_widths(geometry, checkpoint.assets, recipe, statistics, limits, formats)
 
 

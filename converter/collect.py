@@ -24,12 +24,19 @@ from lfmq.converter.checkpoint import Checkpoint
 from lfmq.converter.experts import FinishedExpert, LayerInputs, gated, quantize_expert
 from lfmq.converter.forward import (
     Model,
-    Routing,
     embed,
     feed_forward,
     mix_tokens,
     normed,
     route,
+)
+from lfmq.converter.observed import (
+    InputsSeen,
+    Moments,
+    add_moments,
+    affinity_of,
+    importance_of,
+    moments_of,
 )
 from lfmq.converter.passes import batches, steady_torch
 from lfmq.converter.statefile import StateFile
@@ -41,14 +48,7 @@ from lfmq.converter.statistics import (
     identity_of,
     part_of,
 )
-from lfmq.converter.streams import (
-    InputsSeen,
-    grid_errors,
-    importance_of,
-    mean_divergences,
-    overridden,
-    round_narrow,
-)
+from lfmq.converter.streams import grid_errors, mean_divergences, overridden, round_narrow
 from lfmq.converter.tensors import expected_tensors
 from lfmq.converter.text import Windows
 from lfmq.converter.workers import Workers, open_workers
@@ -62,7 +62,6 @@ _UNSCORED = 1 / 8
 _SETTINGS = Settings(expert_ridge=None)
 
 Progress = Callable[[int, int], None]
-Moments = dict[str, InputMoments]
 _EMBEDDING, _FINAL_NORM = "model.embed_tokens.weight", "model.embedding_norm.weight"
 
 
@@ -241,7 +240,7 @@ class _Pass:
 
             def observe(names: Iterable[str], x: torch.Tensor, _: torch.Tensor | None) -> None:
                 for name in names:
-                    _add(seen, name, moments_of(x))
+                    add_moments(seen, name, moments_of(x))
 
             return run(self._states[part], observe), seen
 
@@ -249,7 +248,7 @@ class _Pass:
         for output, seen in self._workers.map(one, self._parts(len(self._states))):
             states.append(output)
             for name, found in seen.items():
-                _add(self._inputs, name, found)
+                add_moments(self._inputs, name, found)
         return torch.cat(states)
 
     def _mix(self, layer: int) -> None:
@@ -354,8 +353,8 @@ class _Pass:
             moments,
             {name: float(change.double().square().sum()) for name, change in changes.items()},
             {
-                name: grid_errors(self._checkpoint.read(name), importance_of(moments[name]))
-                for name in changes
+                name: grid_errors(w.cpu().numpy(), importance_of(moments[name]))
+                for name, w in ((gate, w1), (up, w3), (down, w2))
             },
             changes[gate] + changes[up],
             changes[down],
@@ -386,25 +385,6 @@ class _Measured:
     grids: dict[str, tuple[float, ...]]
     inner: torch.Tensor
     down: torch.Tensor
-
-
-def moments_of(x: torch.Tensor, affinity: torch.Tensor | None = None) -> InputMoments:
-    """Moments of the inputs [n, K], each token counting with its affinity [n]."""
-    squares = x.double().square()
-    if affinity is None:
-        return InputMoments(len(x), float(len(x)), squares.sum(0).cpu().numpy())
-    mass = affinity.double()
-    return InputMoments(len(x), float(mass.sum()), (mass @ squares).cpu().numpy())
-
-
-def affinity_of(routing: Routing, expert: int) -> torch.Tensor:
-    """What each token routed to the expert weighs it with, [n], tokens in order."""
-    token, place = torch.where(routing.selected == expert)
-    return routing.affinity[token, place]
-
-
-def _add(into: Moments, name: str, found: InputMoments) -> None:
-    into[name] = into[name] + found if name in into else found
 
 
 def _values(weight: Weight, like: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,6 @@
 """Weights rounded for a look at what they cost: at 4 bits, and the error of other grids."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,19 +13,12 @@ from lfmq.converter.nearest import not_finite
 from lfmq.converter.statistics import MEASURED, SCHEMES
 from lfmq.converter.workers import Workers
 from lfmq.quant import gptq, rtn
-from lfmq.quant.errors import ValidationError
-from lfmq.quant.moments import second_moments
-from lfmq.quant.types import InputMoments, Quantized, Scheme, dequantize
+from lfmq.quant.types import Quantized, Scheme, dequantize
 
 # Rows of a weight that tell its error on every grid.
 _ROWS = 64
 # Positions whose predictions are compared at once.
 _HEAD_TOKENS = 512
-
-
-def importance_of(seen: InputMoments | None) -> NDArray[np.float32] | None:
-    """What an error in each column costs, [K]; None where nothing was seen."""
-    return seen.mean.astype(np.float32) if seen is not None and seen.sums.any() else None
 
 
 def grid_errors(
@@ -62,34 +54,6 @@ def round_narrow(
         return gptq.quantize(np.ascontiguousarray(w), moments, MEASURED)
     except ValueError as error:
         raise not_finite(checkpoint, name, "float16") from error
-
-
-@dataclass
-class InputsSeen:
-    """Inputs of the weights of one part, as a forward pass shows them; what GPTQ needs of them."""
-
-    moments: dict[str, torch.Tensor]
-
-    def observe(self, names: tuple[str, ...], x: torch.Tensor, _: torch.Tensor | None) -> None:
-        """For a forward pass."""
-        found = second_moments(x)
-        for name in names:
-            self.moments[name] = found if name not in self.moments else self.moments[name] + found
-
-    def factorized(self, damping: float) -> dict[str, gptq.Moments]:
-        """Ready for GPTQ; weights with the same inputs share them.
-
-        Raises:
-            ValidationError: an input is not finite.
-        """
-        ready: dict[int, gptq.Moments] = {}
-        for name, found in self.moments.items():
-            if id(found) in ready:
-                continue
-            if not torch.isfinite(found).all():
-                raise ValidationError(f"the inputs of {name} are not finite on the text")
-            ready[id(found)] = gptq.factorize(found, damping)
-        return {name: ready[id(found)] for name, found in self.moments.items()}
 
 
 def overridden(model: Model, weights: Mapping[str, NDArray[np.float32]]) -> Model:
