@@ -7,8 +7,9 @@ hashes are there when the last piece is.
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from heapq import heapify, heappop
-from threading import Condition, Thread
+from threading import Condition
 
 from lfmq.formats.build import FileLayout
 from lfmq.formats.page_cache import PageTrail
@@ -42,11 +43,10 @@ class TrailingHashes:
         self._finished: dict[str, set[int]] = {path: set() for path in self._sizes}
         self._hashes = {path: hashlib.sha256() for path in self._sizes}
         self._done = dict.fromkeys(self._sizes, 0)
-        self._error: OSError | None = None
         self._stopped = False
         self._changed = Condition()
-        self._thread = Thread(target=self._run, daemon=True)
-        self._thread.start()
+        self._pool = ThreadPoolExecutor(1)
+        self._found = self._pool.submit(self._run)
 
     def finished(self, pieces: Iterable[tuple[str, int]]) -> None:
         """Pieces, by file and offset, whose bytes are all written."""
@@ -64,18 +64,14 @@ class TrailingHashes:
         Raises:
             OSError: a file cannot be read.
         """
-        with self._changed:
-            self._changed.wait_for(lambda: self._error or self._is_over())
-        if self._error:
-            raise self._error
-        return {path: found.hexdigest() for path, found in self._hashes.items()}
+        return self._found.result()
 
     def stop(self) -> None:
         """Have the thread end, whatever it has not read."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
-        self._thread.join()
+        self._pool.shutdown()
 
     def _is_over(self) -> bool:
         return all(self._done[path] == size for path, size in self._sizes.items())
@@ -91,22 +87,16 @@ class TrailingHashes:
                 self._changed.wait()
         return None
 
-    def _run(self) -> None:
+    def _run(self) -> dict[str, str]:
         chunk = memoryview(bytearray(_CHUNK))
-        try:
-            while (found := self._next()) is not None:
-                path, limit = found
-                at = self._done[path]
-                part = chunk[: min(_CHUNK, limit - at)]
-                count = os.preadv(self._descriptors[path], [part], at)
-                if not count:
-                    raise FileNotFoundError(None, "removed or cut while it was written")
-                self._hashes[path].update(part[:count])
-                self._trail.passed(self._descriptors[path], at, at + count)
-                with self._changed:
-                    self._done[path] += count
-                    self._changed.notify_all()
-        except OSError as error:
-            with self._changed:
-                self._error = error
-                self._changed.notify_all()
+        while (found := self._next()) is not None:
+            path, limit = found
+            at = self._done[path]
+            part = chunk[: min(_CHUNK, limit - at)]
+            count = os.preadv(self._descriptors[path], [part], at)
+            if not count:
+                raise FileNotFoundError(None, "removed or cut while it was written")
+            self._hashes[path].update(part[:count])
+            self._trail.passed(self._descriptors[path], at, at + count)
+            self._done[path] += count
+        return {path: found.hexdigest() for path, found in self._hashes.items()}

@@ -10,9 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from lfmq.quant.symmetric_lanes import TARGETS
+from lfmq.quant.torch_math import LARGEST, divide, inverse_of
 from lfmq.quant.types import Quantized, Scheme
-
-_LARGEST = 65504.0  # largest float16
 
 Limits = tuple[int, int]
 
@@ -59,7 +58,7 @@ def round_columns(
     for index in range(scale.shape[1]):
         part = slice(index * group, (index + 1) * group)
         x, u = w[:, part], factor[part, part]
-        sound &= (x.abs() <= _LARGEST).all()
+        sound &= (x.abs() <= LARGEST).all()
         cost = 1 / u.diagonal().square()
         s = search_scale(x, cost / cost.mean(), limits, targets)
         error = _round_group(x, u, s, limits, level[:, part])
@@ -75,7 +74,7 @@ def _round_group(
 ) -> torch.Tensor:
     """Fill in the levels [N, g] of a group; returns the error to spread, [N, g]."""
     error = torch.empty_like(x)
-    inverse = _inverse(s)
+    inverse = inverse_of(s)
     for c in range(x.shape[1]):
         q = (x[:, c] * inverse).round().clamp(*limits)
         level[:, c] = q
@@ -91,10 +90,10 @@ def search_scale(
     peak = x.gather(1, x.abs().argmax(1, keepdim=True))[:, 0]
     best, scale = torch.full_like(peak, -1), torch.zeros_like(peak)
     for target in targets:
-        found, gain = _fit(x, h, _divide(-target, peak), limits)
+        found, gain = _fit(x, h, divide(-target, peak), limits)
         better = gain > best
         best, scale = torch.where(better, gain, best), torch.where(better, found, scale)
-    return _half(_fit(x, h, _inverse(scale), limits)[0])
+    return _half(_fit(x, h, inverse_of(scale), limits)[0])
 
 
 def _fit(
@@ -103,7 +102,7 @@ def _fit(
     """The least-squares scale [N] of the levels an inverse scale gives, and what it gains."""
     q = (x * inverse[:, None]).round().clamp(*limits)
     xq, qq = (h * q * x).sum(1), (h * q * q).sum(1)
-    scale = _divide(xq, qq)
+    scale = divide(xq, qq)
     return scale, scale * xq
 
 
@@ -132,13 +131,13 @@ def _descend_group(
 ) -> torch.Tensor:
     """Refit a group's scale, then each level; returns the change of its weights, [N, g]."""
     down, curve = -(q * g).sum(1), (q * (q @ h)).sum(1)
-    fitted = _half(_divide(s * curve + down, curve))
+    fitted = _half(divide(s * curve + down, curve))
     step = fitted - s
     step = torch.where(step * (step * curve - 2 * down) < 0, step, 0)
     s += step
     change = q * step[:, None]
     g += change @ h
-    inverse = _inverse(s)
+    inverse = inverse_of(s)
     for j in range(q.shape[1]):
         new = (q[:, j] - g[:, j] / h[j, j] * inverse).round().clamp(*limits)
         moved = (new - q[:, j]) * s
@@ -146,15 +145,6 @@ def _descend_group(
         change[:, j] += moved
         g += moved[:, None] * h[j]
     return change
-
-
-def _divide(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The quotient, 0 where the divisor is 0."""
-    return torch.where(b == 0, 0, a / b)
-
-
-def _inverse(s: torch.Tensor) -> torch.Tensor:
-    return _divide(torch.ones_like(s), s)
 
 
 def _half(s: torch.Tensor) -> torch.Tensor:

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from lfmq.quant.offset_lanes import MOVES, SPANS
 from lfmq.quant.offset_rtn import stored_offset
+from lfmq.quant.torch_math import LARGEST, divide, half, inverse_of
 from lfmq.quant.types import Quantized, Scheme
 
-_LARGEST = 65504.0  # largest float16
 _FLAT = 2.0**-25  # as in lfmq.quant.offset_lanes
 _SAME = 2.0**-16
 _ALIKE = 2.0**-16
@@ -52,7 +52,7 @@ def _round_columns(
     for index in range(scale.shape[1]):
         part = slice(index * group, (index + 1) * group)
         x, u = w[:, part], factor[part, part]
-        sound &= (x.abs() <= _LARGEST).all()
+        sound &= (x.abs() <= LARGEST).all()
         cost = 1 / u.diagonal().square()
         s, o = search(x, cost / cost.mean(), scheme.highest_code, spans, moves)
         scale[:, index], offset[:, index] = s, o
@@ -78,7 +78,7 @@ def _round_group(
 ) -> torch.Tensor:
     """Fill in the codes [N, g] of a group; returns the error to spread, [N, g]."""
     error = torch.empty_like(x)
-    inverse = _divide(torch.ones_like(s), s)
+    inverse = inverse_of(s)
     for c in range(x.shape[1]):
         q = ((x[:, c] - b) * inverse).round().clamp(0, top)
         code[:, c] = q
@@ -108,15 +108,15 @@ def _search_affine(
         return s, (sx - s * sp) * share, s * along, sp
 
     shifts = (centre - moves)[:, None].expand(-1, len(x))
-    found = [fit(_divide(torch.full_like(width, t), width), shifts) for t in spans]
+    found = [fit(divide(torch.full_like(width, t), width), shifts) for t in spans]
     at = torch.cat([f[2] for f in found]).argmax(0)
     s, b = (torch.cat([f[i] for f in found]).gather(0, at[None])[0] for i in (0, 1))
     sp = s
     for _ in range(2):
-        inverse = _divide(torch.ones_like(s), s)
+        inverse = inverse_of(s)
         s, b, _, sp = (value[0] for value in fit(inverse, (centre - b * inverse)[None]))
-    s = _half(s)
-    return s, _half(middle + ((sx - s * sp) * share - s * centre))
+    s = half(s)
+    return s, half(middle + ((sx - s * sp) * share - s * centre))
 
 
 def _search_zero(
@@ -125,7 +125,7 @@ def _search_zero(
     """Scale and zero point [N] of a group [N, g] with importance h [g]."""
     low, high = x.amin(1).clamp(max=0), x.amax(1).clamp(min=0)
     width = torch.where(high - low >= _FLAT, high - low, 0)
-    first = (-low * _divide(torch.full_like(width, top), width)).round().clamp(0, top)
+    first = (-low * divide(torch.full_like(width, top), width)).round().clamp(0, top)
 
     def fit(inverse: torch.Tensor, zero: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The least-squares scale for each zero point [M, N], and what it gains."""
@@ -133,16 +133,16 @@ def _search_zero(
         p = torch.clamp((x * inverse[:, None]).round(), -z, top - z)
         hp = h * p
         xp = (hp * x).sum(-1)
-        s = _divide(xp, (hp * p).sum(-1))
+        s = divide(xp, (hp * p).sum(-1))
         return s, s * xp
 
     tried = (first + moves[:, None]).clamp(0, top)
-    found = [fit(_divide(torch.full_like(width, t), width), tried) for t in spans]
+    found = [fit(divide(torch.full_like(width, t), width), tried) for t in spans]
     at = torch.cat([gain for _, gain in found]).argmax(0)
     s = torch.cat([scale for scale, _ in found]).gather(0, at[None])[0]
     zero = tried.gather(0, at[None] % len(moves))[0]
-    s = fit(_divide(torch.ones_like(s), s), zero[None])[0][0]
-    return _half(s), zero
+    s = fit(inverse_of(s), zero[None])[0][0]
+    return half(s), zero
 
 
 def _descend(
@@ -187,7 +187,7 @@ def _descend_group(
     s.copy_(new_s)
     o.copy_(new_o)
     g += change @ h
-    inverse = _divide(torch.ones_like(s), s)
+    inverse = inverse_of(s)
     for j in range(q.shape[1]):
         new = (q[:, j] - g[:, j] / h[j, j] * inverse).round().clamp(0, scheme.highest_code)
         moved = (new - q[:, j]) * s
@@ -209,9 +209,9 @@ def _refit_affine(
     rest = ss * oo - so * so
     step = (oo * down_s - so * down_o) / rest
     moves = (rest > _ALIKE * ss * oo) & (s + step > 0)
-    new_s = _half(torch.where(moves, s + step, s))
+    new_s = half(torch.where(moves, s + step, s))
     ds = new_s - s
-    new_o = _half(o + torch.where(oo > 0, (down_o - so * ds) / oo, 0))
+    new_o = half(o + torch.where(oo > 0, (down_o - so * ds) / oo, 0))
     do = new_o - o
     loss = ds * (ds * ss - 2 * down_s) + do * (do * oo + 2 * (ds * so - down_o))
     return torch.where(loss < 0, new_s, s), torch.where(loss < 0, new_o, o)
@@ -222,19 +222,10 @@ def _refit_zero(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The float16 scale of least loss, then the zero point."""
     (down_s, down_o), (ss, so, oo) = slopes, curves
-    new_s = _half((s + torch.where(ss > 0, down_s / ss, 0)).clamp(min=0))
+    new_s = half((s + torch.where(ss > 0, down_s / ss, 0)).clamp(min=0))
     ds = new_s - s
     better = (ds * (ds * ss - 2 * down_s) < 0) & (new_s > 0)
     new_s = torch.where(better, new_s, s)
     curve = oo * new_s
     move = torch.where(curve > 0, -(down_o - so * (new_s - s)) / curve, 0)
     return new_s, (o + move).round().clamp(0, top)
-
-
-def _divide(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The quotient, 0 where the divisor is 0."""
-    return torch.where(b == 0, 0, a / b)
-
-
-def _half(values: torch.Tensor) -> torch.Tensor:
-    return values.clamp(-_LARGEST, _LARGEST).half().float()

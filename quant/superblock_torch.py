@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from lfmq.quant.superblock_lanes import MOVES, SPANS, TARGETS
+from lfmq.quant.torch_math import LARGEST, divide, half, inverse_of
 from lfmq.quant.types import SUPERBLOCK, Quantized, Scheme
 
-_LARGEST = 65504.0  # largest float16
 # As in lfmq.quant.superblock_lanes.
 _FLAT = 2.0**-25
 _SAME = 2.0**-16
@@ -109,11 +109,11 @@ def _round_columns(w: T, factor: T, state: _State) -> None:
             whole = slice(part.start, part.start + SUPERBLOCK)
             _search_block(w[:, whole], costs[whole] / costs[whole].mean(), state, block)
         x, u = w[:, part], factor[part, part]
-        sound &= (x.abs() <= _LARGEST).all()
+        sound &= (x.abs() <= LARGEST).all()
         _choose(x, costs[part] / costs[part].mean(), state, index, block)
         size = state.d[:, block] * state.step[:, index]
         below = state.dmin[:, block] * state.shift[:, index]
-        inverse, error = _inverse(size), torch.empty_like(x)
+        inverse, error = inverse_of(size), torch.empty_like(x)
         for c in range(x.shape[1]):
             q = ((x[:, c] + below) * inverse).round().clamp(*state.levels)
             state.code[:, part.start + c] = q
@@ -131,26 +131,26 @@ def _search_block(x: T, h: T, state: _State, block: int) -> None:
     s, m = (found.view(len(x), -1) for found in _fit(parts, importance, state))
     if state.signed:
         widest = s.gather(1, s.abs().argmax(1, keepdim=True))[:, 0]
-        state.d[:, block] = _half(widest / -128)
+        state.d[:, block] = half(widest / -128)
     else:
-        state.d[:, block] = _half(s.amax(1) / 63)
-        state.dmin[:, block] = _half(m.amax(1) / 63)
+        state.d[:, block] = half(s.amax(1) / 63)
+        state.dmin[:, block] = half(m.amax(1) / 63)
 
 
 def _choose(x: T, h: T, state: _State, index: int, block: int) -> None:
     """Step and shift of a sub-block [N, g] with importance h [g]."""
     d, dmin = state.d[:, block], state.dmin[:, block]
     s, m = _fit(x, h[None], state)
-    first = (s * _inverse(d)).round()
+    first = (s * inverse_of(d)).round()
     best = torch.full_like(d, torch.inf)
     for beside in (-1, 0, 1):
         step = (first + beside).clamp(*state.steps)
         size = d * step
-        inverse, shift = _inverse(size), torch.zeros_like(step)
+        inverse, shift = inverse_of(size), torch.zeros_like(step)
         if not state.signed:
             q = ((x + m[:, None]) * inverse[:, None]).round().clamp(*state.levels)
             wanted = (h * (size[:, None] * q - x)).sum(1) / h.sum()
-            shift = _divide(wanted, dmin).round().clamp(0, 63)
+            shift = divide(wanted, dmin).round().clamp(0, 63)
         below = (dmin * shift)[:, None]
         q = ((x + below) * inverse[:, None]).round().clamp(*state.levels)
         error = (h * (x - q * size[:, None] + below).square()).sum(1)
@@ -175,10 +175,10 @@ def _fit_shifted(x: T, h: T, state: _State) -> tuple[T, T]:
     trials = [(t, move) for t in SPANS[bits].tolist() for move in MOVES[bits].tolist()]
     for trial in (*trials, None):
         if trial is None:
-            inverse = _inverse(s)
+            inverse = inverse_of(s)
             base = m * inverse
         else:
-            inverse = _divide(torch.full_like(width, trial[0]), width)
+            inverse = divide(torch.full_like(width, trial[0]), width)
             base = top * 0.5 - trial[1] - middle * inverse
         q = (x * inverse[:, None] + base[:, None]).round().clamp(0, top)
         hq = h * q
@@ -186,7 +186,7 @@ def _fit_shifted(x: T, h: T, state: _State) -> tuple[T, T]:
         along, spread = qx - q1 * sx / total, q2 - q1 * q1 / total
         fitted = torch.where(spread > _SAME * q2, along.clamp(min=0) / spread, 0)
         lowered = (fitted * q1 - sx) / total
-        through = _divide(qx.clamp(min=0), q2)
+        through = divide(qx.clamp(min=0), q2)
         gain = torch.where(lowered < 0, through * qx - sx * sx / total, fitted * along)
         fitted = torch.where(lowered < 0, through, fitted)
         better = gain > best
@@ -199,10 +199,10 @@ def _fit_signed(x: T, h: T, state: _State) -> tuple[T, T]:
     peak = x.gather(1, x.abs().argmax(1, keepdim=True))[:, 0]
     best, s = torch.full_like(peak, -torch.inf), torch.zeros_like(peak)
     for target in (*TARGETS.tolist(), None):
-        inverse = _inverse(s) if target is None else _divide(torch.full_like(s, -target), peak)
+        inverse = inverse_of(s) if target is None else divide(torch.full_like(s, -target), peak)
         q = (x * inverse[:, None]).round().clamp(*state.levels)
         qx, q2 = (h * q * x).sum(1), (h * q * q).sum(1)
-        fitted = _divide(qx, q2)
+        fitted = divide(qx, q2)
         better = fitted * qx > best
         best, s = torch.where(better, fitted * qx, best), torch.where(better, fitted, s)
     return s, torch.zeros_like(s)
@@ -258,10 +258,10 @@ def refit_scales(
     down_a, down_b = -(along * gradient).sum(1), (shift * gradient).sum(1)
     rest = aa * bb - ab * ab
     joint = (rest > _ALIKE * aa * bb) & (bb > 0)
-    step = torch.where(joint, (bb * down_a - ab * down_b) / rest, _divide(down_a, aa))
-    new_d = _half(d + step if signed else (d + step).clamp(min=0))
+    step = torch.where(joint, (bb * down_a - ab * down_b) / rest, divide(down_a, aa))
+    new_d = half(d + step if signed else (d + step).clamp(min=0))
     by = new_d - d
-    new_dmin = _half((dmin + _divide(down_b - ab * by, bb)).clamp(min=0))
+    new_dmin = half((dmin + divide(down_b - ab * by, bb)).clamp(min=0))
     up = new_dmin - dmin
     loss = by * (by * aa - 2 * down_a) + up * (up * bb + 2 * (by * ab - down_b))
     better = (loss < 0) & (new_d != 0)
@@ -277,7 +277,7 @@ def _descend_group(g: T, state: _State, index: int, block: int, h: T) -> T:
     change = _refit_codes(g, q, state, index, block, h)
     g += change @ h
     size = d * state.step[:, index]
-    inverse = _inverse(size)
+    inverse = inverse_of(size)
     for j in range(q.shape[1]):
         new = (q[:, j] - g[:, j] / h[j, j] * inverse).round().clamp(*state.levels)
         moved = (new - q[:, j]) * size
@@ -294,17 +294,17 @@ def _refit_codes(g: T, q: T, state: _State, index: int, block: int, h: T) -> T:
     hq = q @ h
     aa, ab, bb = (q * hq).sum(1), hq.sum(1), h.sum()
     down_a, down_b = -(q * g).sum(1), -g.sum(1)
-    move, rest = _divide(down_a, aa), aa * bb - ab * ab
+    move, rest = divide(down_a, aa), aa * bb - ab * ab
     if not state.signed:
         joint = (bb * down_a - ab * down_b) / rest
         move = torch.where(rest > _ALIKE * aa * bb, joint, move)
-    below = (step + move * _inverse(d) - 0.5).round()
+    below = (step + move * inverse_of(d) - 0.5).round()
     best, new_step, new_shift = torch.zeros_like(d), step.clone(), shift.clone()
     for trial in (step, below, below + 1):
         candidate, other = trial.clamp(*state.steps), shift
         by = d * (candidate - step)
         if not state.signed:
-            wanted = shift - (down_b - ab * by) / bb * _inverse(dmin)
+            wanted = shift - (down_b - ab * by) / bb * inverse_of(dmin)
             other = wanted.round().clamp(0, 63)
         up = dmin * (shift - other)
         loss = by * (by * aa - 2 * down_a) + up * (up * bb + 2 * (by * ab - down_b))
@@ -316,16 +316,3 @@ def _refit_codes(g: T, q: T, state: _State, index: int, block: int, h: T) -> T:
     step.copy_(new_step)
     shift.copy_(new_shift)
     return change
-
-
-def _divide(a: T, b: T) -> T:
-    """The quotient, 0 where the divisor is 0."""
-    return torch.where(b == 0, 0, a / b)
-
-
-def _inverse(s: T) -> T:
-    return _divide(torch.ones_like(s), s)
-
-
-def _half(values: T) -> T:
-    return values.clamp(-_LARGEST, _LARGEST).half().float()

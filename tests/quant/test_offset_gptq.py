@@ -15,33 +15,8 @@ SCHEMES = [Scheme(b, g, grid) for grid in GRIDS for b, g in ((4, 32), (4, 64), (
 SCHEMES += [Scheme(5, 32, "affine"), Scheme(5, 64, "affine"), Scheme(6, 64, "affine")]
 
 
-@pytest.fixture(scope="module")
-def weight() -> np.ndarray:
-    return (np.random.default_rng(1).standard_normal((37, 256)) * 0.05).astype(np.float32)
-
-
-@pytest.fixture(scope="module")
-def inputs() -> torch.Tensor:
-    """Correlated inputs of very different size and of no zero mean, as hidden states are."""
-    rng = np.random.default_rng(2)
-    mix = rng.standard_normal((256, 256)) * np.exp(rng.standard_normal(256))
-    mean = rng.standard_normal(256) * 10
-    return torch.from_numpy(rng.standard_normal((1500, 256)) @ mix + mean).float()
-
-
-@pytest.fixture(scope="module")
-def moments(inputs) -> gptq.Moments:
-    return gptq.factorize(inputs.T @ inputs)
-
-
-def damped_loss(w, values, moments) -> float:
-    """tr((Q - W) H (Q - W)^T) under the moments that the algorithm is given."""
-    d = torch.from_numpy(values - w).double()
-    return float(((d @ moments.damped.double()) * d).sum())
-
-
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-def test_each_stage_lowers_the_output_error(scheme, weight, moments):
+def test_each_stage_lowers_the_output_error(scheme, weight, moments, damped_loss):
     nearest = damped_loss(weight, dequantize(rtn.quantize(weight, scheme)), moments)
     losses = [
         damped_loss(weight, dequantize(gptq.quantize(weight, moments, scheme, sweeps=n)), moments)
@@ -55,7 +30,7 @@ def test_each_stage_lowers_the_output_error(scheme, weight, moments):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_grids_with_an_offset_beat_the_symmetric_one(bits, weight, moments):
+def test_grids_with_an_offset_beat_the_symmetric_one(bits, weight, moments, damped_loss):
     symmetric, affine, asymmetric = (
         damped_loss(weight, dequantize(gptq.quantize(weight, moments, scheme)), moments)
         for scheme in (Scheme(bits, 64, grid) for grid in ("symmetric", *GRIDS))
@@ -93,7 +68,7 @@ def plain(w, moments, scheme) -> np.ndarray:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-def test_equals_the_plain_algorithm(scheme, weight, moments):
+def test_equals_the_plain_algorithm(scheme, weight, moments, damped_loss):
     ours = dequantize(gptq.quantize(weight, moments, scheme, sweeps=0))
     expected = plain(weight, moments, scheme)
     # float32 sums decide a few values at the boundary of two codes otherwise; what follows in the
@@ -179,7 +154,7 @@ def test_rows_of_one_value(grid, value, moments):
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("size", [2.0**-20, 1e4])
-def test_very_small_and_large_weights(grid, size, weight, moments):
+def test_very_small_and_large_weights(grid, size, weight, moments, damped_loss):
     w = (weight * np.float32(size)).astype(np.float32)
     scheme = Scheme(4, 32, grid)
     ours = damped_loss(w, dequantize(gptq.quantize(w, moments, scheme)), moments)

@@ -13,32 +13,12 @@ SCHEMES = [Scheme(b, g, "superblock") for b, g in ((4, 32), (5, 32), (6, 16))]
 
 
 @pytest.fixture(scope="module")
-def weight() -> np.ndarray:
-    return (np.random.default_rng(1).standard_normal((37, 512)) * 0.05).astype(np.float32)
-
-
-@pytest.fixture(scope="module")
-def inputs() -> torch.Tensor:
-    """Correlated inputs of very different size and of no zero mean, as hidden states are."""
-    rng = np.random.default_rng(2)
-    mix = rng.standard_normal((512, 512)) * np.exp(rng.standard_normal(512))
-    mean = rng.standard_normal(512) * 10
-    return torch.from_numpy(rng.standard_normal((2500, 512)) @ mix + mean).float()
-
-
-@pytest.fixture(scope="module")
-def moments(inputs) -> gptq.Moments:
-    return gptq.factorize(inputs.T @ inputs)
-
-
-def damped_loss(w, values, moments) -> float:
-    """tr((Q - W) H (Q - W)^T) under the moments that the algorithm is given."""
-    d = torch.from_numpy(values - w).double()
-    return float(((d @ moments.damped.double()) * d).sum())
+def problem_size() -> tuple[int, int]:
+    return 512, 2500
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-def test_each_stage_lowers_the_output_error(scheme, weight, moments):
+def test_each_stage_lowers_the_output_error(scheme, weight, moments, damped_loss):
     nearest = damped_loss(weight, dequantize(rtn.quantize(weight, scheme)), moments)
     losses = [
         damped_loss(weight, dequantize(gptq.quantize(weight, moments, scheme, sweeps=n)), moments)
@@ -160,7 +140,7 @@ def test_rows_of_one_value(scheme, moments):
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize("size", [2.0**-10, 1e4])
-def test_small_and_large_weights(scheme, size, weight, moments):
+def test_small_and_large_weights(scheme, size, weight, moments, damped_loss):
     w = (weight * np.float32(size)).astype(np.float32)
     ours = damped_loss(w, dequantize(gptq.quantize(w, moments, scheme)), moments)
     nearest = damped_loss(w, dequantize(rtn.quantize(w, scheme)), moments)

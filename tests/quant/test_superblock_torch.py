@@ -2,31 +2,22 @@
 
 import numpy as np
 import pytest
-import torch
 
 from lfmq.quant import gptq
 from lfmq.quant.superblock_torch import quantize_rows
-from lfmq.quant.types import Quantized, Scheme, dequantize
+from lfmq.quant.types import Scheme, dequantize
 
 SCHEMES = [Scheme(b, g, "superblock") for b, g in ((4, 32), (5, 32), (6, 16))]
 
 
 @pytest.fixture(scope="module")
-def problem() -> tuple[np.ndarray, torch.Tensor]:
-    rng = np.random.default_rng(3)
-    w = (rng.standard_normal((80, 512)) * 0.05).astype(np.float32)
-    x = rng.standard_normal((3000, 512)) @ (rng.standard_normal((512, 512)) * 0.3 + np.eye(512))
-    return w, torch.from_numpy((x.T @ x).astype(np.float32))
-
-
-def loss(q: Quantized, w: np.ndarray, h: torch.Tensor) -> float:
-    d = torch.from_numpy(dequantize(q) - w).double()
-    return float(((d @ h.double()) * d).sum())
+def problem_size() -> tuple[int, int]:
+    return 512, 3000
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize("sweeps", [0, 3])
-def test_the_loss_of_the_compiled_kernels(problem, scheme, sweeps):
+def test_the_loss_of_the_compiled_kernels(problem, scheme, sweeps, loss_of):
     """d and dmin start from the largest scales without a second fit: other codes, as good."""
     w, h = problem
     moments = gptq.factorize(h)
@@ -34,7 +25,9 @@ def test_the_loss_of_the_compiled_kernels(problem, scheme, sweeps):
     other = quantize_rows(w, moments.damped, moments.factor, scheme, sweeps)
     assert [a.dtype for a in other.arrays()] == [a.dtype for a in ours.arrays()]
     assert [a.shape for a in other.arrays()] == [a.shape for a in ours.arrays()]
-    assert loss(other, w, moments.damped) == pytest.approx(loss(ours, w, moments.damped), rel=0.03)
+    assert loss_of(other, w, moments.damped) == pytest.approx(
+        loss_of(ours, w, moments.damped), rel=0.03
+    )
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
@@ -52,8 +45,10 @@ def test_zeros_and_values_no_grid_can_hold(problem, scheme):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-def test_a_gpu_gives_the_same_loss(problem, scheme):
+def test_a_gpu_gives_the_same_loss(problem, scheme, loss_of):
     w, h = problem
     on_cpu, on_gpu = gptq.factorize(h), gptq.factorize(h.cuda())
     ours, other = gptq.quantize(w, on_cpu, scheme), gptq.quantize(w, on_gpu, scheme)
-    assert loss(other, w, on_cpu.damped) == pytest.approx(loss(ours, w, on_cpu.damped), rel=0.03)
+    assert loss_of(other, w, on_cpu.damped) == pytest.approx(
+        loss_of(ours, w, on_cpu.damped), rel=0.03
+    )
