@@ -18,7 +18,9 @@ from lfmq.converter.collect import collect
 from lfmq.converter.forward import Model
 from lfmq.converter.frontier import Point, trace_frontier
 from lfmq.converter.locate import sample_file
+from lfmq.converter.plan import resolve_plan
 from lfmq.formats.registry import FORMATS
+from lfmq.quant.types import Entry
 from lfmq.validation.runs import run_reference
 
 
@@ -40,13 +42,17 @@ def main() -> None:
     columns = ("format", "point", "bytes", "bytes/token", "predicted", "measured", "same experts")
     for column in columns:
         table.add_column(column, justify="left" if column in ("format", "point") else "right")
-    pairs = []
+    pairs: dict[str, list[tuple[float, float]]] = {}
+    judged: dict[tuple[Entry, ...], tuple[str, str, str]] = {}  # formats share recipes
     for name in options.to or ("gguf", "mlx", "onnx"):
         frontier = trace_frontier(sample, statistics, name, FORMATS[name])
         for point in tried(frontier.points, options.stride):
             assert point.recipe is not None
-            kld, routing, _ = judge(sample, reference, point.recipe, calibration, Settings())
-            pairs.append((point.kld or np.nan, float(kld)))
+            entries = resolve_plan(sample.geometry, point.recipe).entries
+            if entries not in judged:
+                judged[entries] = judge(sample, reference, point.recipe, calibration, Settings())
+            kld, routing, _ = judged[entries]
+            pairs.setdefault(name, []).append((point.kld or np.nan, float(kld)))
             row = (
                 name,
                 f"{point.kind} {point.name}",
@@ -59,11 +65,22 @@ def main() -> None:
             table.add_row(*row)
             print(*row, flush=True)
     Console(width=120).print(table)
+    for name, found in pairs.items():
+        summarize(name, found)
+    if len(pairs) > 1:
+        summarize("all", sorted({pair for found in pairs.values() for pair in found}))
+
+
+def summarize(name: str, pairs: list[tuple[float, float]]) -> None:
+    """How well the predictions order and meet what was measured; a line."""
     predicted, measured = np.array(pairs).T
     ratio = measured / predicted
     worst = ratio[np.abs(np.log(ratio)).argmax()]
-    print(f"rank correlation {rank_correlation(predicted, measured):.3f}")
-    print(f"measured over predicted: median {np.median(ratio):.2f}, farthest from 1 {worst:.2f}")
+    print(
+        f"{name}: {len(pairs)} points, rank correlation "
+        f"{rank_correlation(predicted, measured):.3f}, measured over predicted: "
+        f"median {np.median(ratio):.2f}, farthest from 1 {worst:.2f}"
+    )
 
 
 def tried(points: tuple[Point, ...], stride: int) -> list[Point]:

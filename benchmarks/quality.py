@@ -2,15 +2,16 @@
 
 Every build is a set of weights run through the reference forward on the same held-out tokens.
 llama.cpp's types are those its quantizer gives each tensor (the recipes of that name), made by
-ggml itself with an importance matrix collected on the calibration text ours uses.
+ggml itself with an importance matrix collected on the calibration text ours uses. Bytes are those
+of tensors; of ``bytes a token`` an expert's count by the share of experts that a token uses.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -20,34 +21,43 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from rich.console import Console
 from rich.table import Table
 
+from lfmq.converter.budget import settle_widths
 from lfmq.converter.calibrated import calibrated_units
 from lfmq.converter.calibration import Calibration, Settings
 from lfmq.converter.checkpoint import Checkpoint, open_checkpoint
+from lfmq.converter.collect import collect
 from lfmq.converter.forward import Model, run_model
 from lfmq.converter.locate import sample_file
 from lfmq.converter.nearest import nearest_units
+from lfmq.converter.peers import peer_schemes
 from lfmq.converter.plan import resolve_plan
 from lfmq.converter.recipe import Recipe, load_recipe
 from lfmq.converter.tensors import Tensor, expected_tensors
 from lfmq.converter.text import Windows, load_windows
+from lfmq.converter.units import piece_bytes
 from lfmq.formats.registry import FORMATS
-from lfmq.quant.types import FLOAT_ROLES, Geometry, Quantized, Weight, dequantize
+from lfmq.quant.types import FLOAT_ROLES, Geometry, Quantized, Scheme, Weight, dequantize
 from lfmq.validation.runs import Reference, compare_model, run_reference
 from lfmq.validation.summaries import summarize_scores
 
 Weights = dict[str, np.ndarray]
 Q = GGMLQuantizationType
 LLAMA_CPP = ("q4_k_m", "q5_k_m", "q6_k")  # recipes with its types
+# Builds that are as fast in each format as the one they are to beat.
+FAST = "int4-fast"
+USUAL = {
+    "gguf": "llama.cpp Q4_K_M, imatrix",
+    "mlx": "mlx_lm.convert -q",
+    "onnx": "llama.cpp Q4_K_M, imatrix",
+}
 
 
 @dataclass(frozen=True)
-class Build:
-    """Weights to be judged."""
+class Made:
+    """Weights of a build, and the bytes of each in its container."""
 
-    name: str
-    nbytes: int
     weights: Weights
-    seconds: float
+    nbytes: Mapping[str, float]
 
 
 def main() -> None:
@@ -69,9 +79,10 @@ def main() -> None:
         if options.only and options.only.lower() not in make[0].lower():
             continue
         started = time.monotonic()
-        nbytes, weights = make[1]()
-        build = Build(make[0], nbytes, weights, time.monotonic() - started)
-        rows.append(judge(reference, sample.geometry, build))
+        made = make[1]()
+        seconds = time.monotonic() - started
+        figures = judge(reference, sample.geometry, made)
+        rows.append({"name": make[0], **figures, "seconds": seconds})
         print(json.dumps(rows[-1]), flush=True)
     show(rows, reference)
     compare({row["name"]: row for row in rows})
@@ -96,30 +107,39 @@ def load(
     return replace(found, ids=found.ids[rows], domains=tuple(found.domains[i] for i in rows))
 
 
-def builds(
-    sample: Checkpoint, calibration: Windows
-) -> Iterator[tuple[str, Callable[[], tuple[int, Weights]]]]:
+def builds(sample: Checkpoint, calibration: Windows) -> Iterator[tuple[str, Callable[[], Made]]]:
     """Names of builds and what makes them."""
+    statistics = cache(lambda: collect(sample, calibration)[0])
+
+    def fast(name: str) -> Made:
+        """Grids chosen within the bytes of the usual build, calibrated."""
+        formats = {name: FORMATS[name]}
+        widths = settle_widths(sample, load_recipe(FAST), formats, statistics())
+        return sized(sample, widths.recipe, calibration, name)
+
     for recipe in ("int8", "int4", "int4-all", *LLAMA_CPP):
         yield f"{recipe}, nearest", partial(sized, sample, load_recipe(recipe), None)
         yield f"{recipe}, calibrated", partial(sized, sample, load_recipe(recipe), calibration)
+    for name in USUAL:
+        yield f"{FAST} for {name}, calibrated", partial(fast, name)
     importance = collect_importance(sample, calibration)
     library = load_library()
 
-    def ggml(types: Callable[[Tensor], Q], *, plain: bool = False) -> tuple[int, Weights]:
-        nbytes, weights = 0, {}
+    def ggml(types: Callable[[Tensor], Q], *, plain: bool = False) -> Made:
+        nbytes: dict[str, float] = {}
+        weights = {}
         for t in expected_tensors(sample.geometry):
             w = sample.read(t.name)
             if t.role not in FLOAT_ROLES:
                 kind = types(t)
                 block, size = GGML_QUANT_SIZES[kind]
-                nbytes += size * t.size // block
+                nbytes[t.name] = size * t.size // block
                 chosen = None if plain or kind == Q.Q8_0 else importance.get(t.name)
                 w = round_trip(library, w, kind, chosen)
             else:
-                nbytes += 4 * t.size
+                nbytes[t.name] = 4 * t.size
             weights[t.name] = w
-        return nbytes, weights
+        return Made(weights, nbytes)
 
     def split(experts: Q, shared: Q) -> Callable[[Tensor], Q]:
         return lambda t: shared if t.expert is None else experts
@@ -133,8 +153,11 @@ def builds(
         "experts Q4_0, rest Q8_0 (plain QMoE, MatMulNBits)",
         lambda: ggml(split(Q.Q4_0, Q.Q8_0), plain=True),
     )
-    yield "mlx affine, experts 4 bits g32, rest 8", lambda: mlx_affine(sample, 32)
-    yield "mlx affine, experts 4 bits g64, rest 8", lambda: mlx_affine(sample, 64)
+    for group in (32, 64):
+        name = f"mlx affine, experts 4 bits g{group}, rest 8"
+        yield name, partial(mlx_affine, sample, shape(sample, group))
+    usual = peer_schemes("mlx-4bit", sample.geometry)
+    yield USUAL["mlx"], partial(mlx_affine, sample, usual, float_bytes=2)
 
 
 def ours(
@@ -153,12 +176,13 @@ def ours(
     return {n: dequantize(w) if isinstance(w, Quantized) else w for n, w in found.items()}
 
 
-def sized(sample: Checkpoint, recipe: Recipe, windows: Windows | None) -> tuple[int, Weights]:
-    """Bytes of tensors alone in GGUF, and weights."""
+def sized(
+    sample: Checkpoint, recipe: Recipe, windows: Windows | None, format: str = "gguf"
+) -> Made:
+    """A build of a recipe, rounded to nearest or calibrated."""
     plan = resolve_plan(sample.geometry, recipe)
-    layout = FORMATS["gguf"].layout(plan, sample.assets)
-    nbytes = sum(piece.nbytes for file in layout.files for piece in file.pieces)
-    return nbytes, ours(sample, recipe, windows)
+    layout = FORMATS[format].layout(plan, sample.assets)
+    return Made(ours(sample, recipe, windows), piece_bytes(plan, layout).nbytes)
 
 
 def types_of(geometry: Geometry, recipe: Recipe) -> Callable[[Tensor], Q]:
@@ -182,51 +206,69 @@ def collect_importance(sample: Checkpoint, windows: Windows) -> Weights:
     return {n: (s / counts[n]).float().numpy() for n, s in sums.items()}
 
 
-def mlx_affine(sample: Checkpoint, group: int) -> tuple[int, Weights]:
-    """Mlx's own quantizer: experts 4 bits, shared weights 8 bits in the same groups."""
+def shape(sample: Checkpoint, group: int) -> dict[str, Scheme | None]:
+    """Experts at 4 bits and shared weights at 8, in groups, on MLX's grid."""
+    return {
+        t.name: None
+        if t.role in FLOAT_ROLES
+        else Scheme(8 if t.expert is None else 4, group, "affine")
+        for t in expected_tensors(sample.geometry)
+    }
+
+
+def mlx_affine(
+    sample: Checkpoint, schemes: Mapping[str, Scheme | None], *, float_bytes: int = 4
+) -> Made:
+    """Weights as MLX's own quantizer rounds them."""
     import mlx.core as mx
 
-    nbytes, weights = 0, {}
+    nbytes: dict[str, float] = {}
+    weights = {}
     for t in expected_tensors(sample.geometry):
-        w = sample.read(t.name)
-        if t.role in FLOAT_ROLES:
-            nbytes += 4 * t.size
+        w, scheme = sample.read(t.name), schemes[t.name]
+        if scheme is None:
+            nbytes[t.name] = float_bytes * t.size
         else:
-            width = 8 if t.expert is None else 4
-            packed = mx.quantize(mx.array(w), group_size=group, bits=width)
-            nbytes += (width * group + 32) * t.size // group // 8  # float16 scales and biases
-            w = np.array(mx.dequantize(*packed, group_size=group, bits=width))
+            group, bits = scheme.group, scheme.bits
+            packed = mx.quantize(mx.array(w), group_size=group, bits=bits)
+            nbytes[t.name] = (bits * group + 32) * t.size // group // 8  # scales, biases: float16
+            w = np.array(mx.dequantize(*packed, group_size=group, bits=bits))
         weights[t.name] = w
-    return nbytes, weights
+    return Made(weights, nbytes)
 
 
-def judge(reference: Reference, geometry: Geometry, build: Build) -> dict[str, Any]:
+def judge(reference: Reference, geometry: Geometry, made: Made) -> dict[str, Any]:
     """The figures of a build."""
-    compared = compare_model(reference, Model(geometry, lambda name: build.weights[name]))
+    compared = compare_model(reference, Model(geometry, lambda name: made.weights[name]))
     found, routing = summarize_scores(compared.scores), compared.routing
+    tensors = expected_tensors(geometry)
+    experts = sum(made.nbytes[t.name] for t in tensors if t.expert is not None)
+    nbytes = sum(made.nbytes.values())
+    idle = 1 - geometry.num_experts_per_tok / geometry.num_experts
     return {
-        "name": build.name,
-        "bytes": build.nbytes,
-        "bits_per_weight": 8 * build.nbytes / sum(t.size for t in expected_tensors(geometry)),
+        "bytes": round(nbytes),
+        "token_bytes": round(nbytes - idle * experts),
+        "bits_per_weight": 8 * nbytes / sum(t.size for t in tensors),
         "kld_mean": found.kld.mean,
         "kld_stderr": found.kld.stderr,
         "perplexity_ratio": found.perplexity_ratio,
         "top1_agreement": found.top1_agreement,
         "routing_exact_set": routing.exact_set,
         "routing_by_layer": [layer.exact_set for layer in routing.layers],
-        "seconds": build.seconds,
     }
 
 
 def show(rows: list[dict[str, Any]], reference: Reference) -> None:
     """The table."""
     table = Table(title=f"{reference.windows.tokens:,} tokens of the sample's evaluation text")
-    for column in ("build", "bits/weight", "mean KLD", "+-", "top-1", "routing", "seconds"):
+    columns = ("build", "bits/weight", "MB/token", "mean KLD", "+-", "top-1", "routing", "seconds")
+    for column in columns:
         table.add_column(column, justify="left" if column == "build" else "right")
     for row in rows:
         table.add_row(
             row["name"],
             f"{row['bits_per_weight']:.2f}",
+            f"{row['token_bytes'] / 1e6:.3f}",
             f"{row['kld_mean']:.6f}",
             f"{row['kld_stderr']:.6f}",
             f"{row['top1_agreement']:.4f}",
@@ -237,15 +279,21 @@ def show(rows: list[dict[str, Any]], reference: Reference) -> None:
 
 
 def compare(rows: dict[str, dict[str, Any]]) -> None:
-    """Builds of llama.cpp's types beside llama.cpp's own."""
-    for recipe in LLAMA_CPP:
-        theirs = rows.get(f"llama.cpp {recipe.upper()}, imatrix")
-        for way in ("nearest", "calibrated"):
-            mine = rows.get(f"{recipe}, {way}")
-            if mine and theirs:
-                ratio = mine["kld_mean"] / theirs["kld_mean"]
-                sizes = f"{mine['bytes']:,} bytes of tensors, llama.cpp's {theirs['bytes']:,}"
-                print(f"{mine['name']}: {ratio:.3f} of llama.cpp's mean KLD; {sizes}")
+    """Builds beside those they are to beat: of llama.cpp's types, and as fast as the usual."""
+    pairs = [
+        (f"{recipe}, {way}", f"llama.cpp {recipe.upper()}, imatrix")
+        for recipe in LLAMA_CPP
+        for way in ("nearest", "calibrated")
+    ]
+    pairs += [(f"{FAST} for {name}, calibrated", usual) for name, usual in USUAL.items()]
+    for mine, theirs in pairs:
+        if mine in rows and theirs in rows:
+            a, b = rows[mine], rows[theirs]
+            print(
+                f"{mine}: {a['kld_mean'] / b['kld_mean']:.3f} of the mean KLD of {theirs}; "
+                f"{a['bytes']:,} bytes, theirs {b['bytes']:,}; "
+                f"{a['token_bytes']:,} a token, theirs {b['token_bytes']:,}"
+            )
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ ONNX does.
 import argparse
 
 import torch
-from ablation import judge, load
+from ablation import load
+from quality import ours
 from rich.console import Console
 from rich.table import Table
 
 from lfmq.converter.budget import choose_widths, predicted_kld
-from lfmq.converter.calibration import Settings
 from lfmq.converter.checkpoint import Checkpoint, open_checkpoint
 from lfmq.converter.collect import collect
 from lfmq.converter.forward import Model
@@ -24,10 +24,13 @@ from lfmq.converter.plan import resolve_plan
 from lfmq.converter.recipe import Recipe, load_recipe, parse_recipe
 from lfmq.converter.statistics import Statistics
 from lfmq.formats.registry import FORMATS
-from lfmq.validation.runs import run_reference
+from lfmq.validation.paired import differences
+from lfmq.validation.runs import Comparison, compare_model, run_reference
+from lfmq.validation.summaries import summarize_scores
 
 # Of the experts' weights at 8 bits.
 SHARES = {"1/3": 1 / 3, "1/2": 1 / 2, "2/3": 2 / 3}
+_FINEST = "budget, by expert"
 
 
 def main() -> None:
@@ -46,12 +49,32 @@ def main() -> None:
     table = Table(title=f"{evaluation.tokens:,} tokens of evaluation")
     for column in ("experts at 8 bits", "chosen by", "predicted", "measured", "same experts"):
         table.add_column(column, justify="left" if column == "chosen by" else "right")
+    runs: dict[tuple[str, str], Comparison] = {}
     for share, name, recipe in plans(sample, statistics, options.share or list(SHARES)):
         predicted = predicted_kld(statistics, resolve_plan(sample.geometry, recipe))
-        kld, routing, _ = judge(sample, reference, recipe, calibration, Settings())
-        table.add_row(share, name, f"{predicted:.6f}", kld, routing)
-        print(share, name, f"{predicted:.6f}", kld, routing, flush=True)
-    Console(width=110).print(table)
+        weights = ours(sample, recipe, calibration)
+        run = compare_model(reference, Model(sample.geometry, weights.__getitem__))
+        runs[share, name] = run
+        kld, routing = summarize_scores(run.scores).kld.mean, run.routing.exact_set
+        table.add_row(share, name, f"{predicted:.6f}", f"{kld:.6f}", f"{routing:.4f}")
+        print(share, name, f"{predicted:.6f}", f"{kld:.6f}", f"{routing:.4f}", flush=True)
+    console = Console(width=110)
+    console.print(table)
+    console.print(compared(runs))
+
+
+def compared(runs: dict[tuple[str, str], Comparison]) -> Table:
+    """The choice by experts less every other of its share."""
+    table = Table(title=f"{_FINEST} less another, mean KLD")
+    for column in ("experts at 8 bits", "less", "difference", "95 % of bootstraps"):
+        table.add_column(column, justify="left" if column == "less" else "right")
+    for (share, name), run in runs.items():
+        finest = runs.get((share, _FINEST))
+        if finest is not None and finest is not run:
+            found = next(d for d in differences(run, finest) if d.figure == "kld.mean")
+            low, high = found.interval.low, found.interval.high
+            table.add_row(share, name, f"{found.difference:+.6f}", f"{low:+.6f} to {high:+.6f}")
+    return table
 
 
 def plans(

@@ -102,12 +102,11 @@ def trace_frontier(
         for number, (kind, choice) in enumerate(found, 1)
         for recipe in (choices.recipe(choice),)
     ]
-    landmarks = [
-        *_recipes(checkpoint, statistics, name, module),
-        *_peers(checkpoint, statistics, choices.rest[name][0]),
-    ]
+    recipes = list(_recipes(checkpoint, statistics, name, module))
+    others = set(PEERS) - {point.name for point in recipes}  # a recipe of that name is the same
+    peers = _peers(checkpoint, statistics, others, choices.rest[name][0])
     weights = sum(e.size for e in choices.plan.entries)
-    return Frontier(checkpoint.assets.name, name, weights, (*numbered, *landmarks))
+    return Frontier(checkpoint.assets.name, name, weights, (*numbered, *recipes, *peers))
 
 
 def _traced(choices: Choices, name: str, kind: int) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -152,13 +151,15 @@ def _recipes(
         yield Point(recipe, "recipe", layout.nbytes, token, widths.kld, widths.recipe)
 
 
-def _peers(checkpoint: Checkpoint, statistics: Statistics, rest: float) -> Iterator[Point]:
+def _peers(
+    checkpoint: Checkpoint, statistics: Statistics, names: set[str], rest: float
+) -> Iterator[Point]:
     """Other tools' builds, calibrated as ours are; header and tokenizer as in ours."""
     geometry = checkpoint.geometry
     prediction = Prediction(statistics, geometry)
     tensors = expected_tensors(geometry)
     floats = 4 * sum(t.size for t in tensors if t.role in FLOAT_ROLES)
-    for peer in PEERS:
+    for peer in sorted(names):
         total: Cost | None = Cost()
         schemes = peer_schemes(peer, geometry)
         for tensor in tensors:
