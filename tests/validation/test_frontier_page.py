@@ -59,6 +59,13 @@ def test_no_recipe_is_better_at_its_size(frontier):
         assert not smaller or min(smaller) < recipe.kld * 1.5
 
 
+def test_other_tools_types_are_points_once(sample, statistics):
+    found = trace_frontier(sample, statistics, "gguf", FORMATS["gguf"]).points
+    names = [point.name for point in found]
+    assert len(names) == len(set(names))
+    assert {"q4_0", "q4_k_m", "q5_k_m", "q6_k", "q8_0"} <= set(names)
+
+
 def test_a_point_is_a_recipe(sample, frontier):
     for number in (1, 5, 20):
         point = next(p for p in frontier.points if p.name == str(number))
