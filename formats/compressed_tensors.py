@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -34,7 +33,7 @@ from lfmq.formats.compressed_tensors_config import (
 )
 from lfmq.formats.compressed_tensors_config import engine_warnings as engine_warnings
 from lfmq.formats.compressed_tensors_reader import open_reader as open_reader
-from lfmq.formats.safetensors_layout import TensorLayout, shard_files
+from lfmq.formats.safetensors_layout import TensorLayout, pack_float, shard_files
 from lfmq.quant.errors import UnsupportedError
 from lfmq.quant.types import FLOAT_ROLES, Entry, Plan, Quantized, Role, Weight, dequantize
 
@@ -45,7 +44,6 @@ BITS = (4, 8)
 GROUPS = (32, 64, 128)
 
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-_LARGEST = float(np.finfo(np.float16).max)
 # Keys of other quantizations, which loaders would take for this one's or apply on top.
 _DROPPED = ("quantization", "quantization_config", "quantize_activations", "compression_config")
 _RUNTIME = Runtime(
@@ -194,15 +192,5 @@ def _pack_shape(entry: Entry, q: Quantized) -> Bytes:
 
 def _pack_float(entry: Entry, weight: Weight) -> Bytes:
     values: NDArray[np.float32] = dequantize(weight) if isinstance(weight, Quantized) else weight
-    dtype = _float_dtype(entry)
-    if dtype == "F32":
-        return as_bytes(values.astype(np.float32, copy=False))
-    if dtype == "BF16":
-        return as_bytes(values.astype(ml_dtypes.bfloat16))
-    largest = float(np.abs(values).max(initial=0))
-    if largest > _LARGEST:
-        raise UnsupportedError(
-            f"{entry.name}: holds {largest:g}, beyond the {_LARGEST:g} of the float16 that the "
-            'recipe asks for; give it float = "bfloat16"'
-        )
-    return as_bytes(values.astype(np.float16))
+    remedy = 'that the recipe asks for; give it float = "bfloat16"'
+    return pack_float(entry, values, _float_dtype(entry), remedy)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -29,7 +28,7 @@ from lfmq.formats.build import (
 from lfmq.formats.card import Runtime, model_card
 from lfmq.formats.mlx_names import module_path
 from lfmq.formats.mlx_reader import open_reader as open_reader
-from lfmq.formats.safetensors_layout import TensorLayout, shard_files
+from lfmq.formats.safetensors_layout import FLOAT16_MAX, TensorLayout, pack_float, shard_files
 from lfmq.quant.errors import UnsupportedError
 from lfmq.quant.types import FLOAT_ROLES, Entry, Grid, Plan, Quantized, Role, Scheme
 
@@ -43,7 +42,6 @@ GROUPS = (32, 64, 128)
 # Activations take the dtype of norms and scales; the router's scores decide in float32.
 _FLOAT16_ROLES = (Role.NORM, Role.CONV_KERNEL)
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-_LARGEST = float(np.finfo(np.float16).max)
 # Keys that would have mlx-lm load another class, or quantize otherwise.
 _DROPPED = ("quantization", "quantization_config", "quantize_activations", "model_file")
 _RUNTIME = Runtime(
@@ -249,7 +247,7 @@ def _pack_biases(entry: Entry, q: Quantized) -> Bytes:
     if q.offset is not None:
         return as_bytes(q.offset)
     largest = float(np.abs(q.scale).max(initial=0))
-    if largest * q.scheme.zero_point > _LARGEST:
+    if largest * q.scheme.zero_point > FLOAT16_MAX:
         raise UnsupportedError(
             f"{entry.name}: a scale of {largest} is too large for mlx, whose float16 bias is "
             f"{q.scheme.zero_point} times it; use gguf or onnx"
@@ -258,15 +256,5 @@ def _pack_biases(entry: Entry, q: Quantized) -> Bytes:
 
 
 def _pack_float(entry: Entry, values: NDArray[np.float32]) -> Bytes:
-    dtype = _float_dtype(entry)
-    if dtype == "F32":
-        return as_bytes(values.astype(np.float32, copy=False))
-    if dtype == "BF16":
-        return as_bytes(values.astype(ml_dtypes.bfloat16))
-    largest = float(np.abs(values).max(initial=0))
-    if largest > _LARGEST:
-        raise UnsupportedError(
-            f"{entry.name}: holds {largest:g}, beyond the {_LARGEST:g} of the float16 that mlx "
-            "stores it in; use gguf or onnx"
-        )
-    return as_bytes(values.astype(np.float16))
+    remedy = "that mlx stores it in; use gguf or onnx"
+    return pack_float(entry, values, _float_dtype(entry), remedy)

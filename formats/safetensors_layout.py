@@ -1,4 +1,4 @@
-"""Lays out safetensors files: header and offsets from names, dtypes and shapes, split into shards.
+"""Lays out safetensors files: header and offsets from names, dtypes and shapes, shards, floats.
 
 Layout: 8 bytes little-endian header length, a JSON header padded with spaces to 8 bytes, then the
 tensors without gaps (https://github.com/huggingface/safetensors#format). Sharded checkpoints name
@@ -12,12 +12,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lfmq.formats.build import FileLayout, Piece, as_json, text_file
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from lfmq.formats.build import Bytes, FileLayout, Piece, as_bytes, as_json, text_file
 from lfmq.formats.safetensors_file import DTYPES
+from lfmq.quant.errors import UnsupportedError
+from lfmq.quant.types import Entry
 
 # The size at which mlx-lm and transformers start a new file.
 SHARD_NBYTES = 5 * 2**30
 INDEX_FILE = "model.safetensors.index.json"
+FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,3 +116,21 @@ def _file(name: str, tensors: list[TensorLayout], metadata: Mapping[str, str]) -
         pieces += [replace(p, offset=offset + p.offset) for p in tensor.pieces]
         offset += tensor.nbytes
     return FileLayout(name, offset, ((0, start),), tuple(pieces))
+
+
+def pack_float(entry: Entry, values: NDArray[np.float32], dtype: str, remedy: str) -> Bytes:
+    """Floats as ``F32``, ``BF16`` or ``F16``.
+
+    Raises:
+        UnsupportedError: a value is beyond float16; ``remedy`` ends the line.
+    """
+    if dtype == "F32":
+        return as_bytes(values.astype(np.float32, copy=False))
+    if dtype == "BF16":
+        return as_bytes(values.astype(ml_dtypes.bfloat16))
+    largest = float(np.abs(values).max(initial=0))
+    if largest > FLOAT16_MAX:
+        raise UnsupportedError(
+            f"{entry.name}: holds {largest:g}, beyond the {FLOAT16_MAX:g} of the float16 {remedy}"
+        )
+    return as_bytes(values.astype(np.float16))
