@@ -45,6 +45,7 @@ from lfmq.converter.forward import (
     normed,
     route,
 )
+from lfmq.converter.memory import release_freed
 from lfmq.converter.nearest import Write, not_finite, quantize_entry
 from lfmq.converter.passes import batches, steady_torch
 from lfmq.converter.statefile import StateFile
@@ -272,15 +273,29 @@ class _Run:
         ridge: float | None,
     ) -> Iterator[tuple[Entry, ...]]:
         """Weights that share their inputs."""
-        factor = None if ridge is None else ridge_factor(moments, ridge)
+        stepped = self._stepped(weights, moments, missing, ridge)
         ready = gptq.factorize(moments, self._settings.damping)
 
         def finish(name: str) -> tuple[str, Weight]:
-            w = step_toward(weights[name], factor, missing[name])
-            return name, self._quantize(name, w.cpu().numpy(), ready)
+            return name, self._quantize(name, stepped[name], ready)
 
         for name, weight in self._workers.map(finish, list(weights)):
             yield self._finish({name: weight})
+
+    def _stepped(
+        self,
+        weights: Mapping[str, torch.Tensor],
+        moments: torch.Tensor,
+        missing: Mapping[str, torch.Tensor],
+        ridge: float | None,
+    ) -> dict[str, NDArray[np.float32]]:
+        """The weights, each with the step toward what is missing."""
+        factor = None if ridge is None else ridge_factor(moments, ridge)
+
+        def step(name: str) -> NDArray[np.float32]:
+            return step_toward(weights[name], factor, missing[name]).cpu().numpy()
+
+        return dict(zip(weights, self._workers.map(step, list(weights)), strict=True))
 
     def _dense(self, layer: int, prefix: str) -> Iterator[tuple[Entry, ...]]:
         norm = prefix + "ffn_norm.weight"
@@ -329,8 +344,9 @@ class _Run:
             y_wanted.index_add_(0, found.token_wanted, found.y_wanted)
             self._calibration.experts.append(found.coverage)
             yield self._finish(found.weights, keep=False)
-        self._states = self._states + y.view_as(self._states)
-        self._wanted = self._wanted + y_wanted.view_as(self._wanted)
+            release_freed()
+        self._states = y.view_as(self._states).add_(self._states)
+        self._wanted = y_wanted.view_as(self._wanted).add_(self._wanted)
 
     def _router(self, layer: int, x: torch.Tensor, wanted: torch.Tensor) -> NDArray[np.float32]:
         """The router, refitted where held-out tokens say that it helps."""

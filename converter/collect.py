@@ -30,6 +30,7 @@ from lfmq.converter.forward import (
     normed,
     route,
 )
+from lfmq.converter.memory import release_freed
 from lfmq.converter.observed import (
     InputsSeen,
     Moments,
@@ -322,6 +323,7 @@ class _Pass:
             self._inputs |= measured.moments
             self._losses |= measured.losses
             self._grids |= measured.grids
+            release_freed()
         tokens = self._count * self._windows.ids.shape[1]
         self._states = self._states + y.view_as(self._states)
         begun, end = {}, self._states[: self._count]

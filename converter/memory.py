@@ -1,8 +1,11 @@
 """How much memory a conversion may use, and how much a unit of the plan needs."""
 
+import ctypes
 import re
 import resource
 import sys
+from collections.abc import Callable
+from functools import cache
 
 from lfmq.quant.errors import RecipeError
 from lfmq.quant.types import SLAB, SUPERBLOCK, Entry, Plan, Scheme
@@ -34,6 +37,21 @@ def peak_resident() -> int:
     """Most memory this process held so far, bytes; the system counts kilobytes, macOS bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+@cache
+def _trim() -> Callable[[int], int] | None:
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+
+
+def release_freed() -> None:
+    """Give freed memory back to the system, which glibc keeps in each thread's arena.
+
+    malloc_trim(3); other C libraries lack it and keep less.
+    """
+    trim = _trim()
+    if trim is not None:
+        trim(0)
 
 
 def unit_bytes(unit: tuple[Entry, ...]) -> int:

@@ -74,8 +74,11 @@ def factorize(moments: torch.Tensor, damping: float = DAMPING) -> Moments:
     diagonal += damping * mean
     # inverse(H) = U^T U with U upper: U is the inverse of R in H = R R^T, R upper, which is the
     # lower Cholesky factor of H with rows and columns reversed, reversed again.
-    u = invert_lower(torch.linalg.cholesky(h.flip(0, 1))).flip(0, 1)
-    return Moments(h.float().contiguous(), u.float().contiguous())
+    damped, reversed_ = h.float().contiguous(), h.flip(0, 1)
+    del diagonal, h  # a wide weight's moments are what takes most memory
+    lower = torch.linalg.cholesky(reversed_)
+    del reversed_
+    return Moments(damped, invert_lower(lower).flip(0, 1).float().contiguous())
 
 
 def quantize(w: F32, moments: Moments, scheme: Scheme, *, sweeps: int = SWEEPS) -> Quantized:

@@ -115,11 +115,13 @@ def _conversion_printer() -> Callable[[Amount, Amount], None]:
             return
         layer = max(layer, step.layers)
         seconds = max(time.monotonic() - started, 1e-3)
-        left = seconds * (total.read - read) / max(read, 1)
+        done = 100 * read // total.read
+        # the first part is small; nothing can be told from it
+        left = f", {seconds * (total.read - read) / read:,.0f} s left" if done else ""
         sys.stderr.write(
-            f"quantizing: layer {layer} of {total.layers}, {100 * read // total.read} %, "
-            f"read {_short(read / seconds, 'B')}/s, written {_short(written / seconds, 'B')}/s, "
-            f"{left:,.0f} s left\n"
+            f"quantizing: layer {layer} of {total.layers}, {done} %, "
+            f"read {_short(read / seconds, 'B')}/s, written {_short(written / seconds, 'B')}/s"
+            f"{left}\n"
         )
 
     return advance
