@@ -10,12 +10,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from lfmq.converter.frontier import Frontier, Point
+from lfmq.validation.labels import Label, place_labels
 from lfmq.validation.numbers import format_figure
-from lfmq.validation.scales import Scale, Tick, scale_for
+from lfmq.validation.scales import Tick, scale_for
 
 _FOLDER = Path(__file__).parent
 WIDTH, HEIGHT = 640, 380
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, WIDTH - 16, 12, HEIGHT - 46
+_PLOT = (_LEFT, _TOP, WIDTH, _BOTTOM)
 _STYLE = """
 .best { fill: none; stroke: var(--data); stroke-width: 2; }
 .size circle, .token circle { fill: var(--data); }
@@ -34,8 +36,7 @@ class Drawn:
     name: str
     kind: str
     title: str
-    label: tuple[float, float]
-    anchor: str
+    label: Label
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,13 @@ def _chart(
     y = scale_for([kld for _, kld in shown], _BOTTOM, _TOP, log=True)
     if x is None or y is None:
         return None
-    drawn = tuple(_drawn(p, kld, x.place(amount(p) / unit), y) for p, kld in shown)
+    spots = [(x.place(amount(p) / unit), y.place(kld), p.name) for p, kld in shown]
+    # nothing lies below the frontier, whose numbers stand there
+    labels = place_labels(spots, [p.kind == kind for p, _ in shown], _PLOT)
+    drawn = tuple(
+        Drawn(*spot, point.kind, _title(point, kld), label)
+        for spot, (point, kld), label in zip(spots, shown, labels, strict=True)
+    )
     line = " ".join(
         f"{'L' if i else 'M'}{d.x},{d.y}"
         for i, d in enumerate(sorted((d for d in drawn if d.kind == kind), key=lambda d: d.x))
@@ -104,17 +111,8 @@ def _chart(
     return Chart(title, f"{title}, {name}", line, drawn, x.ticks(8), y.ticks())
 
 
-def _drawn(point: Point, kld: float, x: float, y: Scale) -> Drawn:
-    title = (
+def _title(point: Point, kld: float) -> str:
+    return (
         f"{point.name}: {point.nbytes:,} bytes, {point.token_bytes:,} a token, "
         f"{format_figure(kld, 'nats')} nats"
     )
-    place = y.place(kld)
-    # nothing lies below the frontier; other builds' names stand above it, beside each other
-    label, anchor = {
-        "recipe": ((x + 6, place - 6), "start"),
-        "peer": ((x + 8, place + 12), "start"),
-    }.get(point.kind, ((x - 4, place + 15), "end"))
-    if anchor == "start" and x > 0.85 * WIDTH:
-        label, anchor = (x - 6, label[1]), "end"
-    return Drawn(x, place, point.name, point.kind, title, label, anchor)
