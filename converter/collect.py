@@ -9,7 +9,7 @@ on there.
 W windows, S tokens a window, T = W * S, H hidden size, C windows of the streams.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -63,6 +63,7 @@ _UNSCORED = 1 / 8
 _SETTINGS = Settings(expert_ridge=None)
 
 Progress = Callable[[int, int], None]
+_STREAM = "stream "  # before a stream's name in the saved state
 _EMBEDDING, _FINAL_NORM = "model.embed_tokens.weight", "model.embedding_norm.weight"
 
 
@@ -171,8 +172,9 @@ class _Pass:
             return 0
         layer, facts, tensors = found
         self._states = tensors.pop("states").to(self._model.device)
-        streams = tensors.pop("streams").to(self._model.device)
-        self._streams = dict(zip(facts["streams"], streams, strict=True))
+        self._streams = {
+            name: tensors[_STREAM + name].to(self._model.device) for name in facts["streams"]
+        }
         self._errors, self._losses = facts["errors"], facts["losses"]
         self._grids = {k: tuple(v) for k, v in facts["grids"].items()}
         self._coverage = [ExpertCoverage(**c) for c in facts["coverage"]]
@@ -197,8 +199,8 @@ class _Pass:
         if self._file is None:
             return
         tensors = {name: torch.from_numpy(m.sums) for name, m in self._inputs.items()}
-        streams = torch.stack(list(self._streams.values()))
-        tensors |= {"states": self._states.cpu(), "streams": streams.cpu()}
+        tensors |= {_STREAM + name: stream.cpu() for name, stream in self._streams.items()}
+        tensors["states"] = self._states.cpu()
         facts = {
             "errors": self._errors,
             "losses": self._losses,
@@ -217,19 +219,19 @@ class _Pass:
     def _parts(self, windows: int) -> list[slice]:
         return batches(windows, self._windows.ids.shape[1])
 
-    def _each(self, run: Callable[[Model, torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
-        """``run`` over every stream."""
-        work = [
-            (self._rounded.get(name, self._model), stream[part])
-            for name, stream in self._streams.items()
-            for part in self._parts(len(stream))
-        ]
-        done = list(self._workers.map(lambda w: run(*w), work))
-        size = len(done) // len(self._streams)
-        return {
-            name: torch.cat(done[i * size : (i + 1) * size])
-            for i, name in enumerate(self._streams)
-        }
+    def _each(self, run: Callable[[Model, torch.Tensor], torch.Tensor]) -> None:
+        """Move every stream on by ``run``, one after the other, so that few are held twice."""
+        names = list(self._streams)
+        parts = self._parts(self._count)
+
+        def work() -> Iterator[tuple[Model, torch.Tensor]]:
+            for name in names:
+                for part in parts:
+                    yield self._rounded.get(name, self._model), self._streams[name][part]
+
+        done = self._workers.map(lambda w: run(*w), work())
+        for name in names:
+            self._streams[name] = _joined([next(done) for _ in parts])
 
     def _watched(
         self, run: Callable[[torch.Tensor, Callable[..., None]], torch.Tensor]
@@ -254,19 +256,20 @@ class _Pass:
 
     def _mix(self, layer: int) -> None:
         begin = self._states[: self._count]
-        self._streams = self._each(lambda model, s: mix_tokens(model, layer, s))
+        self._each(lambda model, s: mix_tokens(model, layer, s))
         self._states = self._watched(lambda s, o: mix_tokens(self._model, layer, s, o))
         self._shared_part(layer, lambda m, s, o=None: mix_tokens(m, layer, s, o), begin)
 
     def _feed(self, layer: int) -> None:
         begin = self._states[: self._count]
         if layer < self._geometry.num_dense_layers:
-            self._streams = self._each(lambda model, s: feed_forward(model, layer, s)[0])
+            self._each(lambda model, s: feed_forward(model, layer, s)[0])
             self._states = self._watched(lambda s, o: feed_forward(self._model, layer, s, o)[0])
             self._shared_part(layer, lambda m, s, o=None: feed_forward(m, layer, s, o)[0], begin)
         else:
             begun = self._routed(layer)
-            self._streams = self._each(lambda model, s: feed_forward(model, layer, s)[0]) | begun
+            self._each(lambda model, s: feed_forward(model, layer, s)[0])
+            self._streams |= begun
 
     def _shared_part(
         self, layer: int, run: Callable[..., torch.Tensor], begin: torch.Tensor
@@ -369,13 +372,20 @@ class _Pass:
         def hidden(states: torch.Tensor) -> torch.Tensor:
             return normed(self._model, _FINAL_NORM, states[:, first:])
 
-        heads = {name: model.weight(_EMBEDDING) for name, model in self._rounded.items()}
-        heads["head"] = heads["shared at 4 bits"]
         wanted = hidden(self._states[: self._count])
-        states = {name: hidden(stream) for name, stream in self._streams.items()}
-        states["head"] = wanted
         head = self._model.weight(_EMBEDDING)
-        return mean_divergences(self._workers, wanted, head, states, heads)
+        order = [*self._streams, "head"]
+        # whose head a stream ends in, where it is not the reference's; two at most are held
+        ends = {name: name for name in WHOLE} | {"head": "shared at 4 bits"}
+        found: dict[str, float] = {}
+        for whole in (None, *WHOLE):
+            names = [name for name in order if ends.get(name) == whole]
+            states = {n: hidden(self._streams.pop(n)) for n in names if n != "head"}
+            if "head" in names:
+                states["head"] = wanted
+            own = head if whole is None else self._rounded[whole].weight(_EMBEDDING)
+            found |= mean_divergences(self._workers, wanted, head, states, own)
+        return {name: found[name] for name in order}
 
 
 @dataclass(frozen=True, slots=True)
@@ -392,6 +402,10 @@ class _Measured:
 def _values(weight: Weight, like: torch.Tensor) -> torch.Tensor:
     assert isinstance(weight, Quantized)
     return torch.from_numpy(dequantize(weight)).to(like.device)
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _error(states: torch.Tensor, wanted: torch.Tensor) -> float:

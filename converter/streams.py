@@ -72,7 +72,7 @@ def mean_divergences(
     wanted: torch.Tensor,
     head: torch.Tensor,
     states: Mapping[str, torch.Tensor],
-    heads: Mapping[str, torch.Tensor],
+    own: torch.Tensor,
 ) -> dict[str, float]:
     """Mean KL divergence of predictions, nats.
 
@@ -81,15 +81,15 @@ def mean_divergences(
         wanted: [T, H], final hidden states of the reference.
         head: [V, H], of the reference.
         states: [T, H] of each stream by name.
-        heads: of streams that have their own.
+        own: [V, H], the head of the streams.
     """
     parts = [slice(i, i + _HEAD_TOKENS) for i in range(0, len(wanted), _HEAD_TOKENS)]
 
     def divergences(part: slice) -> list[float]:
         expected = F.log_softmax(F.linear(wanted[part], head), -1)
         sums = []
-        for name, stream in states.items():
-            found = F.log_softmax(F.linear(stream[part], heads.get(name, head)), -1)
+        for stream in states.values():
+            found = F.log_softmax(F.linear(stream[part], own), -1)
             sums.append(
                 float(F.kl_div(found, expected, log_target=True, reduction="sum").double())
             )
