@@ -9,7 +9,7 @@ import time
 from dataclasses import replace
 
 import torch
-from quality import ours
+from quality import Weights, ours
 from rich.console import Console
 from rich.table import Table
 
@@ -19,7 +19,7 @@ from lfmq.converter.forward import Model
 from lfmq.converter.locate import sample_file
 from lfmq.converter.recipe import Recipe, load_recipe
 from lfmq.converter.text import Windows, load_windows
-from lfmq.validation.runs import Reference, compare_model, run_reference
+from lfmq.validation.runs import Comparison, Reference, compare_model, run_reference
 from lfmq.validation.summaries import summarize_scores
 
 SEQUENCE = 256
@@ -97,12 +97,20 @@ def judge(
 ) -> tuple[str, str, str]:
     """Mean KLD, routing and seconds of a recipe; without settings rounded to nearest."""
     started = time.monotonic()
-    chosen = None if settings is None else windows
-    weights = ours(sample, recipe, chosen, settings)
+    weights = ours(sample, recipe, None if settings is None else windows, settings)
     seconds = time.monotonic() - started
-    found = compare_model(reference, Model(sample.geometry, lambda name: weights[name]))
-    kld = summarize_scores(found.scores).kld
-    return f"{kld.mean:.6f}", f"{found.routing.exact_set:.4f}", f"{seconds:.0f}"
+    return *figures_of(compare(sample, reference, weights)), f"{seconds:.0f}"
+
+
+def compare(sample: Checkpoint, reference: Reference, weights: Weights) -> Comparison:
+    """A build's weights on the reference's tokens."""
+    return compare_model(reference, Model(sample.geometry, weights.__getitem__))
+
+
+def figures_of(run: Comparison) -> tuple[str, str]:
+    """Mean KLD and routing."""
+    kld = summarize_scores(run.scores).kld.mean
+    return f"{kld:.6f}", f"{run.routing.exact_set:.4f}"
 
 
 def transfer(sample: Checkpoint, tokens: int) -> Table:

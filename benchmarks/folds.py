@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from ablation import load
+from ablation import compare, figures_of, load
 from numpy.typing import NDArray
 from quality import ours
 from rich.console import Console
@@ -24,8 +24,7 @@ from lfmq.converter.forward import Model
 from lfmq.converter.locate import sample_file
 from lfmq.converter.recipe import load_recipe
 from lfmq.quant.types import Geometry
-from lfmq.validation.runs import compare_model, run_reference
-from lfmq.validation.summaries import summarize_scores
+from lfmq.validation.runs import run_reference
 
 Floats = NDArray[np.float32]
 
@@ -83,9 +82,9 @@ def main() -> None:
             figures = []
             for chosen in (None, windows):
                 weights = ours(source, load_recipe(recipe), chosen, Settings())
-                found = compare_model(reference, Model(sample.geometry, weights.__getitem__))
-                figures.append(f"{summarize_scores(found.scores).kld.mean:.6f}")
-            figures.append(f"{found.routing.exact_set:.4f}")
+                kld, routing = figures_of(compare(sample, reference, weights))
+                figures.append(kld)
+            figures.append(routing)
             table.add_row(recipe, name, *figures)
             print(recipe, name, *figures, flush=True)
     Console(width=110).print(table)

@@ -17,6 +17,7 @@ from ggml import F32, load_library, round_trip
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import quant_shape_to_byte_shape
 from kernels import best
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
@@ -76,14 +77,8 @@ def left_out(library: ctypes.CDLL, groups: Iterable[tuple[str, Checkpoint, list[
         block, size = GGML_QUANT_SIZES[kind]
         cells = []
         for _, checkpoint, found in groups:
-            theirs = ours = 0.0
-            for entry in found:
-                w = np.ascontiguousarray(checkpoint.read(entry.name)[:ROWS])
-                theirs += squared(
-                    round_trip(library, w, kind, np.ones(w.shape[1], np.float32)) - w
-                )
-                ours += squared(dequantize(quantize(w, yardstick)) - w)
-            cells.append(f"{theirs / ours:.2f}")
+            ours, theirs = squares(library, checkpoint, found, kind, yardstick, plain=True).T
+            cells.append(f"{theirs.sum() / ours.sum():.2f}")
         table.add_row(kind.name, f"{8 * size / block:.2f}", *cells)
     return table
 
@@ -129,13 +124,30 @@ def errors(
     scheme: Scheme,
 ) -> list[str]:
     """Our squared error as a share of ggml's, of all and of the worst weight."""
+    ours, theirs = squares(library, checkpoint, found, kind, scheme, plain=False).T
+    return [f"{ours.sum() / theirs.sum():.4f}", f"{(ours / theirs).max():.4f}"]
+
+
+def squares(
+    library: ctypes.CDLL,
+    checkpoint: Checkpoint,
+    found: list[Entry],
+    kind: GGMLQuantizationType,
+    scheme: Scheme,
+    *,
+    plain: bool,
+) -> NDArray[np.float64]:
+    """Squared errors of each weight, ours and ggml's, [N, 2].
+
+    ggml weighs errors by the size of weights unless it is told that they count alike (``plain``).
+    """
     pairs = []
     for entry in found:
         w = np.ascontiguousarray(checkpoint.read(entry.name)[:ROWS])
-        ours = dequantize(quantize(w, scheme))
-        pairs.append((squared(ours - w), squared(round_trip(library, w, kind, None) - w)))
-    ours_of, theirs_of = np.array(pairs).T
-    return [f"{ours_of.sum() / theirs_of.sum():.4f}", f"{(ours_of / theirs_of).max():.4f}"]
+        importance = np.ones(w.shape[1], np.float32) if plain else None
+        theirs = round_trip(library, w, kind, importance)
+        pairs.append((squared(dequantize(quantize(w, scheme)) - w), squared(theirs - w)))
+    return np.array(pairs)
 
 
 def squared(error: F32) -> float:

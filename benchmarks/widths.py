@@ -9,7 +9,7 @@ ONNX does.
 import argparse
 
 import torch
-from ablation import load
+from ablation import compare, figures_of, load
 from quality import ours
 from rich.console import Console
 from rich.table import Table
@@ -25,8 +25,7 @@ from lfmq.converter.recipe import Recipe, load_recipe, parse_recipe
 from lfmq.converter.statistics import Statistics
 from lfmq.formats.registry import FORMATS
 from lfmq.validation.paired import differences
-from lfmq.validation.runs import Comparison, compare_model, run_reference
-from lfmq.validation.summaries import summarize_scores
+from lfmq.validation.runs import Comparison, run_reference
 
 # Of the experts' weights at 8 bits.
 SHARES = {"1/3": 1 / 3, "1/2": 1 / 2, "2/3": 2 / 3}
@@ -52,12 +51,10 @@ def main() -> None:
     runs: dict[tuple[str, str], Comparison] = {}
     for share, name, recipe in plans(sample, statistics, options.share or list(SHARES)):
         predicted = predicted_kld(statistics, resolve_plan(sample.geometry, recipe))
-        weights = ours(sample, recipe, calibration)
-        run = compare_model(reference, Model(sample.geometry, weights.__getitem__))
-        runs[share, name] = run
-        kld, routing = summarize_scores(run.scores).kld.mean, run.routing.exact_set
-        table.add_row(share, name, f"{predicted:.6f}", f"{kld:.6f}", f"{routing:.4f}")
-        print(share, name, f"{predicted:.6f}", f"{kld:.6f}", f"{routing:.4f}", flush=True)
+        runs[share, name] = run = compare(sample, reference, ours(sample, recipe, calibration))
+        row = (share, name, f"{predicted:.6f}", *figures_of(run))
+        table.add_row(*row)
+        print(*row, flush=True)
     console = Console(width=110)
     console.print(table)
     console.print(compared(runs))

@@ -236,7 +236,8 @@ class _Run:
 
         moments, drift = self._add_up(sums, names[0])
         missing = {name: w @ drift for name, w in weights.items()}
-        yield from self._step_and_round(weights, moments, missing, self._settings.ridge)
+        stepped = self._stepped(weights, moments, missing, self._settings.ridge)
+        yield from self._round(stepped, moments)
 
     def _writer(
         self, name: str, inputs: Callable[[slice], torch.Tensor]
@@ -254,7 +255,8 @@ class _Run:
 
         moments, missing = self._add_up(sums, name)
         ridge = self._settings.residual_ridge
-        yield from self._step_and_round({name: w}, moments, {name: missing}, ridge)
+        stepped = self._stepped({name: w}, moments, {name: missing}, ridge)
+        yield from self._round(stepped, moments)
 
     def _add_up(self, sums: "Callable[[slice], _Sums]", name: str) -> "_Sums":
         """Moments and what is missing, from all batches in order."""
@@ -265,23 +267,6 @@ class _Run:
         check_moments(found[0], f"the inputs of {name}")
         return found
 
-    def _step_and_round(
-        self,
-        weights: Mapping[str, torch.Tensor],
-        moments: torch.Tensor,
-        missing: Mapping[str, torch.Tensor],
-        ridge: float | None,
-    ) -> Iterator[tuple[Entry, ...]]:
-        """Weights that share their inputs."""
-        stepped = self._stepped(weights, moments, missing, ridge)
-        ready = gptq.factorize(moments, self._settings.damping)
-
-        def finish(name: str) -> tuple[str, Weight]:
-            return name, self._quantize(name, stepped[name], ready)
-
-        for name, weight in self._workers.map(finish, list(weights)):
-            yield self._finish({name: weight})
-
     def _stepped(
         self,
         weights: Mapping[str, torch.Tensor],
@@ -289,13 +274,25 @@ class _Run:
         missing: Mapping[str, torch.Tensor],
         ridge: float | None,
     ) -> dict[str, NDArray[np.float32]]:
-        """The weights, each with the step toward what is missing."""
+        """Weights that share their inputs, each with the step toward what is missing."""
         factor = None if ridge is None else ridge_factor(moments, ridge)
 
         def step(name: str) -> NDArray[np.float32]:
             return step_toward(weights[name], factor, missing[name]).cpu().numpy()
 
         return dict(zip(weights, self._workers.map(step, list(weights)), strict=True))
+
+    def _round(
+        self, stepped: Mapping[str, NDArray[np.float32]], moments: torch.Tensor
+    ) -> Iterator[tuple[Entry, ...]]:
+        """Quantize weights that share their inputs."""
+        ready = gptq.factorize(moments, self._settings.damping)
+
+        def finish(name: str) -> tuple[str, Weight]:
+            return name, self._quantize(name, stepped[name], ready)
+
+        for name, weight in self._workers.map(finish, list(stepped)):
+            yield self._finish({name: weight})
 
     def _dense(self, layer: int, prefix: str) -> Iterator[tuple[Entry, ...]]:
         norm = prefix + "ffn_norm.weight"

@@ -10,18 +10,16 @@ W windows, S tokens a window, T = W * S, H hidden size, C windows of the streams
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from lfmq.converter.calibration import ExpertCoverage, Settings
 from lfmq.converter.checkpoint import Checkpoint
-from lfmq.converter.experts import FinishedExpert, LayerInputs, gated, quantize_expert
+from lfmq.converter.experts import FinishedExpert, LayerInputs, quantize_expert
 from lfmq.converter.forward import (
     Model,
     embed,
@@ -35,7 +33,6 @@ from lfmq.converter.observed import (
     InputsSeen,
     Moments,
     add_moments,
-    affinity_of,
     importance_of,
     moments_of,
 )
@@ -49,12 +46,19 @@ from lfmq.converter.statistics import (
     identity_of,
     part_of,
 )
-from lfmq.converter.streams import grid_errors, mean_divergences, overridden, round_narrow
+from lfmq.converter.streams import (
+    MeasuredExpert,
+    grid_errors,
+    mean_divergences,
+    measure_expert,
+    overridden,
+    round_narrow,
+)
 from lfmq.converter.tensors import expected_tensors
 from lfmq.converter.text import Windows
 from lfmq.converter.workers import Workers, open_workers
 from lfmq.quant import gptq, rtn
-from lfmq.quant.types import SHARED_ROLES, InputMoments, Quantized, Scheme, Weight, dequantize
+from lfmq.quant.types import SHARED_ROLES, InputMoments, Scheme, Weight, dequantize
 
 # Tokens the streams run over; all but this share of each window, its beginning, is scored.
 STREAM_TOKENS = 4096
@@ -314,9 +318,9 @@ class _Pass:
         inputs = LayerInputs(layer, x, x, routing, routing, x.T @ x / len(x), _SETTINGS)
         y, inner, down = (torch.zeros_like(x) for _ in range(3))
 
-        def measure(expert: int) -> "tuple[FinishedExpert, _Measured]":
+        def measure(expert: int) -> tuple[FinishedExpert, MeasuredExpert]:
             found = quantize_expert(inputs, expert, self._checkpoint.read, self._narrow)
-            return found, self._expert(inputs, expert, found)
+            return found, measure_expert(self._model, inputs, expert, found)
 
         for found, measured in self._workers.map(measure, range(self._geometry.num_experts)):
             y.index_add_(0, found.token_wanted, found.y_wanted)
@@ -328,7 +332,7 @@ class _Pass:
             self._grids |= measured.grids
             release_freed()
         tokens = self._count * self._windows.ids.shape[1]
-        self._states = self._states + y.view_as(self._states)
+        self._states = y.view_as(self._states).add_(self._states)
         begun, end = {}, self._states[: self._count]
         for kind, change in (("inner", inner), ("down", down)):
             part = f"{layer}.{kind}"
@@ -338,32 +342,6 @@ class _Pass:
 
     def _narrow(self, name: str, w: NDArray[np.float32], moments: gptq.Moments) -> Weight:
         return round_narrow(self._checkpoint, name, w, moments)
-
-    def _expert(self, inputs: LayerInputs, expert: int, found: FinishedExpert) -> "_Measured":
-        """Moments, losses and errors of one expert's weights."""
-        gate, up, down = found.weights
-        w1, w3, w2 = (self._model.weight(n) for n in found.weights)
-        q1, q3, q2 = (_values(found.weights[n], w1) for n in found.weights)
-        x = inputs.x[found.token]
-        affinity = affinity_of(inputs.routing, expert)
-        inner = gated(x, w1, w3)
-        seen = moments_of(x, affinity)
-        moments = {gate: seen, up: seen, down: moments_of(inner, affinity)}
-        changes = {
-            gate: F.linear(gated(x, q1, w3) - inner, w2) * affinity[:, None],
-            up: F.linear(gated(x, w1, q3) - inner, w2) * affinity[:, None],
-            down: F.linear(inner, q2 - w2) * affinity[:, None],
-        }
-        return _Measured(
-            moments,
-            {name: float(change.double().square().sum()) for name, change in changes.items()},
-            {
-                name: grid_errors(w.cpu().numpy(), importance_of(moments[name]))
-                for name, w in ((gate, w1), (up, w3), (down, w2))
-            },
-            changes[gate] + changes[up],
-            changes[down],
-        )
 
     def _score(self) -> dict[str, float]:
         """Mean KL divergence of every stream over what is scored of each window."""
@@ -386,22 +364,6 @@ class _Pass:
             own = head if whole is None else self._rounded[whole].weight(_EMBEDDING)
             found |= mean_divergences(self._workers, wanted, head, states, own)
         return {name: found[name] for name in order}
-
-
-@dataclass(frozen=True, slots=True)
-class _Measured:
-    """What was found of an expert; the changes of its tokens' outputs [n, H] by rounding."""
-
-    moments: Moments
-    losses: dict[str, float]
-    grids: dict[str, tuple[float, ...]]
-    inner: torch.Tensor
-    down: torch.Tensor
-
-
-def _values(weight: Weight, like: torch.Tensor) -> torch.Tensor:
-    assert isinstance(weight, Quantized)
-    return torch.from_numpy(dequantize(weight)).to(like.device)
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:

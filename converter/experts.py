@@ -81,8 +81,8 @@ def quantize_expert(
     w1, w3, w2 = (
         torch.from_numpy(np.array(read(name))).to(inputs.x.device) for name in (gate, up, down)
     )
-    token, affinity = _routed_to(inputs.routing, expert)
-    token_wanted, affinity_wanted = _routed_to(inputs.target, expert)
+    token, affinity = inputs.routing.tokens_of(expert)
+    token_wanted, affinity_wanted = inputs.target.tokens_of(expert)
     # nearly all tokens of one stream are the other's too: what the reference makes of both at once
     both = torch.cat((token, token_wanted)).unique()
     ideal = inputs.wanted[both]
@@ -128,11 +128,6 @@ def check_moments(moments: torch.Tensor, what: str) -> None:
 def gated(x: torch.Tensor, w1: torch.Tensor, w3: torch.Tensor) -> torch.Tensor:
     """silu(w1 x) * w3 x, the inner activations of a feed-forward block."""
     return F.silu(F.linear(x, w1)).mul_(F.linear(x, w3))
-
-
-def _routed_to(routing: Routing, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-    token, place = torch.where(routing.selected == expert)
-    return token, routing.affinity[token, place]
 
 
 class _Fit:

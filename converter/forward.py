@@ -67,6 +67,11 @@ class Routing:
     affinity: torch.Tensor
     margin: torch.Tensor
 
+    def tokens_of(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens routed to an expert, [n] in order, and what each weighs it with, [n]."""
+        token, place = torch.where(self.selected == expert)
+        return token, self.affinity[token, place]
+
 
 @dataclass(frozen=True, slots=True)
 class Trace:
@@ -290,10 +295,9 @@ def _experts(
 ) -> torch.Tensor:
     out = torch.zeros_like(x)
     for expert in range(model.geometry.num_experts):
-        token, place = torch.where(routing.selected == expert)
+        token, affinity = routing.tokens_of(expert)
         if not len(token):
             continue
-        affinity = routing.affinity[token, place]
         y = _swiglu(model, f"{prefix}experts.{expert}.", x[token], affinity, observe)
         out.index_add_(0, token, y * affinity[:, None])
     return out

@@ -103,7 +103,8 @@ def trace_frontier(
         for recipe in (choices.recipe(choice),)
     ]
     recipes = list(_recipes(checkpoint, statistics, name, module))
-    others = set(PEERS) - {point.name for point in recipes}  # a recipe of that name is the same
+    named = {point.name for point in recipes}
+    others = [peer for peer in PEERS if peer not in named]  # a recipe of that name is the same
     peers = _peers(checkpoint, statistics, others, choices.rest[name][0])
     weights = sum(e.size for e in choices.plan.entries)
     return Frontier(checkpoint.assets.name, name, weights, (*numbered, *recipes, *peers))
@@ -152,14 +153,14 @@ def _recipes(
 
 
 def _peers(
-    checkpoint: Checkpoint, statistics: Statistics, names: set[str], rest: float
+    checkpoint: Checkpoint, statistics: Statistics, names: Iterable[str], rest: float
 ) -> Iterator[Point]:
     """Other tools' builds, calibrated as ours are; header and tokenizer as in ours."""
     geometry = checkpoint.geometry
     prediction = Prediction(statistics, geometry)
     tensors = expected_tensors(geometry)
     floats = 4 * sum(t.size for t in tensors if t.role in FLOAT_ROLES)
-    for peer in sorted(names):
+    for peer in names:
         total: Cost | None = Cost()
         schemes = peer_schemes(peer, geometry)
         for tensor in tensors:

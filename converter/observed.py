@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lfmq.converter.forward import Routing
 from lfmq.quant import gptq
 from lfmq.quant.errors import ValidationError
 from lfmq.quant.moments import second_moments
@@ -26,12 +25,6 @@ def moments_of(x: torch.Tensor, affinity: torch.Tensor | None = None) -> InputMo
         return InputMoments(len(x), float(len(x)), squares.sum(0).cpu().numpy())
     mass = affinity.double()
     return InputMoments(len(x), float(mass.sum()), (mass @ squares).cpu().numpy())
-
-
-def affinity_of(routing: Routing, expert: int) -> torch.Tensor:
-    """What each token routed to the expert weighs it with, [n], tokens in order."""
-    token, place = torch.where(routing.selected == expert)
-    return routing.affinity[token, place]
 
 
 def add_moments(into: Moments, name: str, found: InputMoments) -> None:

@@ -18,12 +18,13 @@ def resolve_plan(geometry: Geometry, recipe: Recipe) -> Plan:
         PlanError: a row does not divide into the groups asked for.
     """
     tensors = expected_tensors(geometry)
-    quantizable = [t for t in tensors if t.role not in FLOAT_ROLES]
-    for number, rule in enumerate(_rules(recipe, tensors), 1):
+    quantizable = _quantizable(tensors)
+    rules = [rule.in_model(quantizable) for rule in recipe.rules]
+    for number, rule in enumerate(rules, 1):
         if not any(rule.matches(t) for t in quantizable):
             raise RecipeError(f"recipe {recipe.name}: rule {number} matches no tensor")
-    stored = storages(geometry, recipe)
-    return Plan(geometry, tuple(_entry(t, stored[t.name]) for t in tensors), recipe.name)
+    entries = (_entry(t, _storage(t, rules, recipe.name)) for t in tensors)
+    return Plan(geometry, tuple(entries), recipe.name)
 
 
 def storages(geometry: Geometry, recipe: Recipe) -> dict[str, Storage]:
@@ -33,13 +34,12 @@ def storages(geometry: Geometry, recipe: Recipe) -> dict[str, Storage]:
         RecipeError: a tensor is matched by no rule.
     """
     tensors = expected_tensors(geometry)
-    rules = _rules(recipe, tensors)
+    rules = [rule.in_model(_quantizable(tensors)) for rule in recipe.rules]
     return {t.name: _storage(t, rules, recipe.name) for t in tensors}
 
 
-def _rules(recipe: Recipe, tensors: Iterable[Tensor]) -> list[Rule]:
-    quantizable = [t for t in tensors if t.role not in FLOAT_ROLES]
-    return [rule.in_model(quantizable) for rule in recipe.rules]
+def _quantizable(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [t for t in tensors if t.role not in FLOAT_ROLES]
 
 
 def _storage(tensor: Tensor, rules: list[Rule], recipe: str) -> Storage:

@@ -1,6 +1,7 @@
 """Weights rounded for a look at what they cost: at 4 bits, and the error of other grids."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -8,12 +9,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from lfmq.converter.checkpoint import Checkpoint
+from lfmq.converter.experts import FinishedExpert, LayerInputs, gated
 from lfmq.converter.forward import Model, ReadWeight
 from lfmq.converter.nearest import not_finite
+from lfmq.converter.observed import Moments, importance_of, moments_of
 from lfmq.converter.statistics import MEASURED, SCHEMES
 from lfmq.converter.workers import Workers
 from lfmq.quant import gptq, rtn
-from lfmq.quant.types import Quantized, Scheme, dequantize
+from lfmq.quant.types import Quantized, Scheme, Weight, dequantize
 
 # Rows of a weight that tell its error on every grid.
 _ROWS = 64
@@ -54,6 +57,66 @@ def round_narrow(
         return gptq.quantize(np.ascontiguousarray(w), moments, MEASURED)
     except ValueError as error:
         raise not_finite(checkpoint, name, "float16") from error
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredExpert:
+    """What was found of an expert with n tokens.
+
+    Attributes:
+        moments: of the inputs of its weights.
+        losses: squared error of the layer's output with one weight rounded, by its name.
+        grids: :func:`grid_errors`, by the name of a weight.
+        inner: [n, H], changes of its tokens' outputs by rounded gate and up.
+        down: the same by rounded down.
+    """
+
+    moments: Moments
+    losses: dict[str, float]
+    grids: dict[str, tuple[float, ...]]
+    inner: torch.Tensor
+    down: torch.Tensor
+
+
+def measure_expert(
+    model: Model, inputs: LayerInputs, expert: int, found: FinishedExpert
+) -> MeasuredExpert:
+    """Moments, losses and errors of one expert's weights.
+
+    Args:
+        model: the reference.
+        inputs: of its layer.
+        expert: its number.
+        found: it at ``MEASURED``.
+    """
+    gate, up, down = found.weights
+    w1, w3, w2 = (model.weight(n) for n in found.weights)
+    q1, q3, q2 = (_values(found.weights[n], w1) for n in found.weights)
+    token, affinity = inputs.routing.tokens_of(expert)
+    x = inputs.x[token]
+    inner = gated(x, w1, w3)
+    seen = moments_of(x, affinity)
+    moments = {gate: seen, up: seen, down: moments_of(inner, affinity)}
+    changes = {
+        gate: F.linear(gated(x, q1, w3) - inner, w2) * affinity[:, None],
+        up: F.linear(gated(x, w1, q3) - inner, w2) * affinity[:, None],
+        down: F.linear(inner, q2 - w2) * affinity[:, None],
+    }
+    return MeasuredExpert(
+        moments,
+        {name: float(change.double().square().sum()) for name, change in changes.items()},
+        {
+            name: grid_errors(w.cpu().numpy(), importance_of(moments[name]))
+            for name, w in ((gate, w1), (up, w3), (down, w2))
+        },
+        changes[gate] + changes[up],
+        changes[down],
+    )
+
+
+def _values(weight: Weight, like: torch.Tensor) -> torch.Tensor:
+    assert isinstance(weight, Quantized)
+    return torch.from_numpy(dequantize(weight)).to(like.device)
 
 
 def overridden(model: Model, weights: Mapping[str, NDArray[np.float32]]) -> Model:
