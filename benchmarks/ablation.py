@@ -13,14 +13,14 @@ from quality import Weights, ours
 from rich.console import Console
 from rich.table import Table
 
-from lfmq.converter.calibration import Settings
-from lfmq.converter.checkpoint import Checkpoint, open_checkpoint
-from lfmq.converter.forward import Model
-from lfmq.converter.locate import sample_file
-from lfmq.converter.recipe import Recipe, load_recipe
-from lfmq.converter.text import Windows, load_windows
-from lfmq.validation.runs import Comparison, Reference, compare_model, run_reference
-from lfmq.validation.summaries import summarize_scores
+from lfmq.converter.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from lfmq.converter.checkpoint.locate import sample_file
+from lfmq.converter.model.forward import Model
+from lfmq.converter.model.text import Windows, load_windows
+from lfmq.converter.plan.recipe import Recipe, load_recipe
+from lfmq.converter.quantize.settings import Settings
+from lfmq.validation.measure.runs import Comparison, Reference, compare_model, run_reference
+from lfmq.validation.measure.summaries import summarize_scores
 
 SEQUENCE = 256
 PROSE = ("ar", "de", "en", "es", "fr", "it", "ja", "pt", "zh")
@@ -57,7 +57,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     sample = open_checkpoint(sample_file())
-    model = Model(sample.geometry, sample.read)
+    model = Model(sample.config, sample.read)
     calibration = load(sample, "calibration.jsonl", options.tokens)
     everything = load(sample, "evaluation.jsonl", options.evaluate)
     reference = run_reference(model, everything)
@@ -80,7 +80,7 @@ def load(
     """Windows of a text of the sample, of some domains only when given."""
     wanted = tokens if domains is None else 2**40
     found = load_windows(
-        [sample_file(name)], sample.assets, sample.geometry, tokens=wanted, sequence=SEQUENCE
+        [sample_file(name)], sample.assets, sample.config, tokens=wanted, sequence=SEQUENCE
     )
     if domains is None:
         return found
@@ -104,7 +104,7 @@ def judge(
 
 def compare(sample: Checkpoint, reference: Reference, weights: Weights) -> Comparison:
     """A build's weights on the reference's tokens."""
-    return compare_model(reference, Model(sample.geometry, weights.__getitem__))
+    return compare_model(reference, Model(sample.config, weights.__getitem__))
 
 
 def figures_of(run: Comparison) -> tuple[str, str]:
@@ -119,7 +119,7 @@ def transfer(sample: Checkpoint, tokens: int) -> Table:
     table = Table(title="int4, calibrated on one kind of text and judged on another")
     for column in ("calibrated on", "damping", "judged on", "mean KLD", "same experts"):
         table.add_column(column, justify="left" if "on" in column.split() else "right")
-    model = Model(sample.geometry, sample.read)
+    model = Model(sample.config, sample.read)
     texts = {
         kind: load(sample, "calibration.jsonl", tokens, domains) for kind, domains in kinds.items()
     }

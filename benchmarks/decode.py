@@ -3,8 +3,8 @@
     python benchmarks/decode.py --checkpoint FOLDER --recipe int4 --recipe int8 --llama-bin DIR
 
 Decoding is bound by the bytes read for a token: ``MB/token`` is what
-``lfmq.converter.plan.token_bytes`` counts (of experts the share that is chosen, all else once;
-keys, values and states not), ``GB/s`` that times the tokens per second. Builds are made of
+``lfmq.converter.plan.plan.token_bytes`` counts (of experts the share that is chosen, all else
+once; keys, values and states not), ``GB/s`` that times the tokens per second. Builds are made of
 ``--recipe`` (rounded to nearest: speed does not depend on the values), or given by ``--build``.
 With ``--llama-bin``, the folder of ``llama-quantize``, llama.cpp's own types are rows too, made of
 a bfloat16 GGUF. Every run is a process of its own (``decode_engines.py``); builds take turns for
@@ -34,12 +34,12 @@ from rich.console import Console
 from rich.table import Table
 from watch import watch
 
-from lfmq.converter.checkpoint import Checkpoint, open_checkpoint
-from lfmq.converter.convert import plan_builds
-from lfmq.converter.plan import resolve_plan
-from lfmq.converter.recipe import load_recipe
+from lfmq.converter.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from lfmq.converter.plan.plan import resolve_plan
+from lfmq.converter.plan.recipe import load_recipe
+from lfmq.converter.run.convert import plan_builds
+from lfmq.formats.plan import ModelConfig
 from lfmq.formats.registry import FORMATS, detect_format
-from lfmq.quant.types import Geometry
 
 HERE = Path(__file__).parent
 LLAMA_TYPES = ("Q4_0", "Q4_K_M")
@@ -110,7 +110,7 @@ def make_rows(options: argparse.Namespace) -> Iterator[Row]:
         yield from convert(checkpoint, recipe, options, options.work / str(number))
     for path in options.build:
         format = detect_format(path)
-        nbytes = gguf_token_bytes(path, checkpoint.geometry) if format == "gguf" else None
+        nbytes = gguf_token_bytes(path, checkpoint.config) if format == "gguf" else None
         yield Row(path.name, format, path, nbytes)
     if options.llama_bin is not None and "gguf" in options.to:
         yield from llama_types(checkpoint, options)
@@ -121,7 +121,7 @@ def convert(
 ) -> Iterator[Row]:
     """A recipe's builds in the formats that hold it; a line for each that does not."""
     parsed = load_recipe(recipe)
-    plan = resolve_plan(checkpoint.geometry, parsed)
+    plan = resolve_plan(checkpoint.config, parsed)
     planned = {}
     for build in plan_builds(checkpoint, plan, {name: FORMATS[name] for name in options.to}):
         if build.refused is None:
@@ -151,11 +151,11 @@ def llama_types(checkpoint: Checkpoint, options: argparse.Namespace) -> Iterator
         watch([*command, str(options.threads)], {"LD_LIBRARY_PATH": str(options.llama_bin)})
     whole.path.unlink()
     for kind, path in paths.items():
-        yield Row(kind, "gguf", path, gguf_token_bytes(path, checkpoint.geometry))
+        yield Row(kind, "gguf", path, gguf_token_bytes(path, checkpoint.config))
 
 
-def gguf_token_bytes(path: Path, g: Geometry) -> int:
-    """As ``lfmq.converter.plan.token_bytes``, from the tensors of a file."""
+def gguf_token_bytes(path: Path, g: ModelConfig) -> int:
+    """As ``lfmq.converter.plan.plan.token_bytes``, from the tensors of a file."""
     routed = always = 0
     for tensor in GGUFReader(path).tensors:
         if "_exps." in tensor.name:

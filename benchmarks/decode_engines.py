@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfmq.formats.registry import FORMATS, detect_format
-from lfmq.validation.llama_cpp import (
+from lfmq.validation.engines.llama_cpp_abi import (
     Batch,
     LogCallback,
     Pointer,
@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, required=True)
     options = parser.parse_args()
     format = detect_format(options.build)
-    vocabulary = FORMATS[format].open_reader(options.build).geometry.vocab_size
+    vocabulary = FORMATS[format].open_reader(options.build).config.vocab_size
     count = options.prompt + options.tokens
     ids = np.random.default_rng(0).integers(0, vocabulary, count).astype(np.int32)
     engine = ENGINES[format](options.build, count, options.threads)

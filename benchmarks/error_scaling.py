@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from ablation import load
 
-from lfmq.converter.checkpoint import open_checkpoint
-from lfmq.converter.forward import Model, run_model
-from lfmq.converter.locate import sample_file
-from lfmq.converter.statistics import MEASURED
-from lfmq.converter.tensors import Tensor, expected_tensors
+from lfmq.converter.checkpoint.checkpoint import open_checkpoint
+from lfmq.converter.checkpoint.locate import sample_file
+from lfmq.converter.model.forward import Model, run_model
+from lfmq.converter.model.tensors import Tensor, expected_tensors
+from lfmq.converter.statistics.statistics import MEASURED
+from lfmq.formats.plan import FLOAT_ROLES, Role
 from lfmq.quant import rtn
-from lfmq.quant.types import FLOAT_ROLES, Role, dequantize
+from lfmq.quant.types import dequantize
 
 SHARES = (1.0, 0.5, 0.25, 1 / 16)
 EMBEDDING = "model.embed_tokens.weight"
@@ -31,8 +32,8 @@ def main() -> None:
     options = parser.parse_args()
     sample = open_checkpoint(sample_file())
     windows = load(sample, "calibration.jsonl", options.tokens)
-    tensors = [t for t in expected_tensors(sample.geometry) if t.role not in FLOAT_ROLES]
-    weights = {t.name: np.array(sample.read(t.name)) for t in expected_tensors(sample.geometry)}
+    tensors = [t for t in expected_tensors(sample.config) if t.role not in FLOAT_ROLES]
+    weights = {t.name: np.array(sample.read(t.name)) for t in expected_tensors(sample.config)}
     change = {
         t.name: dequantize(rtn.quantize(weights[t.name], MEASURED)) - weights[t.name]
         for t in tensors
@@ -40,7 +41,7 @@ def main() -> None:
 
     @torch.inference_mode()
     def log_probabilities(changed: dict[str, np.ndarray]) -> list[torch.Tensor]:
-        model = Model(sample.geometry, lambda name: changed.get(name, weights[name]))
+        model = Model(sample.config, lambda name: changed.get(name, weights[name]))
         hidden = run_model(model, windows.ids).hidden
         hidden = hidden[:, hidden.shape[1] // 2 :].flatten(0, 1)
         head = model.weight(EMBEDDING)

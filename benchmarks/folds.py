@@ -17,14 +17,14 @@ from quality import ours
 from rich.console import Console
 from rich.table import Table
 
-from lfmq.converter.calibration import Settings
-from lfmq.converter.checkpoint import Checkpoint, open_checkpoint
-from lfmq.converter.collect import collect
-from lfmq.converter.forward import Model
-from lfmq.converter.locate import sample_file
-from lfmq.converter.recipe import load_recipe
-from lfmq.quant.types import Geometry
-from lfmq.validation.runs import run_reference
+from lfmq.converter.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from lfmq.converter.checkpoint.locate import sample_file
+from lfmq.converter.model.forward import Model
+from lfmq.converter.plan.recipe import load_recipe
+from lfmq.converter.quantize.settings import Settings
+from lfmq.converter.statistics.collect import collect
+from lfmq.formats.plan import ModelConfig
+from lfmq.validation.measure.runs import run_reference
 
 Floats = NDArray[np.float32]
 
@@ -70,7 +70,7 @@ def main() -> None:
     sample = open_checkpoint(sample_file())
     windows = load(sample, "calibration.jsonl", options.tokens)
     everything = load(sample, "evaluation.jsonl", options.evaluate)
-    reference = run_reference(Model(sample.geometry, sample.read), everything)
+    reference = run_reference(Model(sample.config, sample.read), everything)
     statistics, _ = collect(sample, windows)
     squares = {n: np.sqrt(m.mean).astype(np.float32) for n, m in statistics.inputs.items()}
     table = Table(title=f"{everything.tokens:,} tokens of evaluation")
@@ -93,13 +93,13 @@ def main() -> None:
 def folded(sample: Checkpoint, squares: dict[str, Floats], fold: Fold) -> Folded:
     """The checkpoint with a fold applied."""
     weights = {name: sample.read(name).copy() for name in sample.stored}
-    for layer in range(sample.geometry.num_hidden_layers):
-        for norm, readers in readers_of(sample.geometry, layer):
+    for layer in range(sample.config.num_hidden_layers):
+        for norm, readers in readers_of(sample.config, layer):
             scale = power(squares[readers[0]], fold.norm)
             weights[norm] /= scale
             for name in readers:
                 weights[name] *= scale
-        for gate, up, down in expert_weights(sample.geometry, layer):
+        for gate, up, down in expert_weights(sample.config, layer):
             seen = squares[down]
             scale = power(seen, fold.inner)
             weights[up] /= scale[:, None]
@@ -108,7 +108,7 @@ def folded(sample: Checkpoint, squares: dict[str, Floats], fold: Fold) -> Folded
                 order = np.argsort(-seen * np.linalg.norm(weights[down], axis=0), kind="stable")
                 weights[gate], weights[up] = weights[gate][order], weights[up][order]
                 weights[down] = weights[down][:, order]
-    return Folded(sample.folder, sample.geometry, sample.assets, sample.stored, None, weights)
+    return Folded(sample.folder, sample.config, sample.assets, sample.stored, None, weights)
 
 
 def power(seen: Floats, exponent: float) -> Floats:
@@ -118,7 +118,7 @@ def power(seen: Floats, exponent: float) -> Floats:
     return np.asarray(scale / np.exp(np.log(scale).mean()), np.float32)
 
 
-def readers_of(g: Geometry, layer: int) -> list[tuple[str, list[str]]]:
+def readers_of(g: ModelConfig, layer: int) -> list[tuple[str, list[str]]]:
     """A layer's two norms, each with all the weights that read it."""
     prefix = f"model.layers.{layer}."
     if layer in g.attention_layers:
@@ -137,7 +137,7 @@ def readers_of(g: Geometry, layer: int) -> list[tuple[str, list[str]]]:
     ]
 
 
-def expert_weights(g: Geometry, layer: int) -> list[tuple[str, str, str]]:
+def expert_weights(g: ModelConfig, layer: int) -> list[tuple[str, str, str]]:
     """Names of w1, w3 and w2 of each expert; of the dense layer's."""
     prefix = f"model.layers.{layer}.feed_forward."
     if layer < g.num_dense_layers:

@@ -12,16 +12,16 @@ from ablation import judge, load
 from rich.console import Console
 from rich.table import Table
 
-from lfmq.converter.calibration import Settings
-from lfmq.converter.checkpoint import open_checkpoint
-from lfmq.converter.collect import collect
-from lfmq.converter.forward import Model
-from lfmq.converter.frontier import Point, trace_frontier
-from lfmq.converter.locate import sample_file
-from lfmq.converter.plan import resolve_plan
+from lfmq.converter.checkpoint.checkpoint import open_checkpoint
+from lfmq.converter.checkpoint.locate import sample_file
+from lfmq.converter.mixed_precision.frontier import Point, trace_frontier
+from lfmq.converter.model.forward import Model
+from lfmq.converter.plan.plan import resolve_plan
+from lfmq.converter.quantize.settings import Settings
+from lfmq.converter.statistics.collect import collect
+from lfmq.formats.plan import Entry
 from lfmq.formats.registry import FORMATS
-from lfmq.quant.types import Entry
-from lfmq.validation.runs import run_reference
+from lfmq.validation.measure.runs import run_reference
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
     calibration = load(sample, "calibration.jsonl", options.tokens)
     statistics, _ = collect(sample, calibration)
     evaluation = load(sample, "evaluation.jsonl", options.evaluate)
-    reference = run_reference(Model(sample.geometry, sample.read), evaluation)
+    reference = run_reference(Model(sample.config, sample.read), evaluation)
     table = Table(title=f"{evaluation.tokens:,} tokens of evaluation")
     columns = ("format", "point", "bytes", "bytes/token", "predicted", "measured", "same experts")
     for column in columns:
@@ -48,7 +48,7 @@ def main() -> None:
         frontier = trace_frontier(sample, statistics, name, FORMATS[name])
         for point in tried(frontier.points, options.stride):
             assert point.recipe is not None
-            entries = resolve_plan(sample.geometry, point.recipe).entries
+            entries = resolve_plan(sample.config, point.recipe).entries
             if entries not in judged:
                 judged[entries] = judge(sample, reference, point.recipe, calibration, Settings())
             kld, routing, _ = judged[entries]

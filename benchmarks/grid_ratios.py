@@ -1,8 +1,9 @@
 """What a grid's error is beside that of 4 bits, rounded to nearest and by GPTQ, on the sample.
 
 Statistics tell grids apart by rounding some rows to nearest (``grid_errors``); builds are made
-by GPTQ. What GPTQ gains differs by grid: the last column, which ``lfmq.converter.prediction``
-multiplies by. Errors are of outputs on the calibration text; geometric means over some weights of
+by GPTQ. What GPTQ gains differs by grid: the last column, by which
+``lfmq.converter.mixed_precision.predicted_kld`` multiplies.
+Errors are of outputs on the calibration text; geometric means over some weights of
 every role.
 """
 
@@ -15,16 +16,17 @@ from ablation import load
 from rich.console import Console
 from rich.table import Table
 
-from lfmq.converter.checkpoint import Checkpoint, open_checkpoint
-from lfmq.converter.forward import Model, run_model
-from lfmq.converter.locate import sample_file
-from lfmq.converter.observed import InputsSeen
-from lfmq.converter.statistics import SCHEMES
-from lfmq.converter.streams import grid_errors
-from lfmq.converter.tensors import expected_tensors
-from lfmq.converter.text import Windows
+from lfmq.converter.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from lfmq.converter.checkpoint.locate import sample_file
+from lfmq.converter.model.forward import Model, run_model
+from lfmq.converter.model.tensors import expected_tensors
+from lfmq.converter.model.text import Windows
+from lfmq.converter.statistics.input_stats import InputsSeen
+from lfmq.converter.statistics.sensitivity import grid_errors
+from lfmq.converter.statistics.statistics import SCHEMES
+from lfmq.formats.plan import FLOAT_ROLES
 from lfmq.quant import gptq
-from lfmq.quant.types import FLOAT_ROLES, dequantize
+from lfmq.quant.types import dequantize
 
 EXPERTS = (3, 7)  # of every MoE layer
 
@@ -50,9 +52,9 @@ def main() -> None:
 def ratios(sample: Checkpoint, windows: Windows) -> Iterator[tuple[list[float], list[float]]]:
     """Of each weight and every grid, to nearest and by GPTQ."""
     seen = InputsSeen({})
-    run_model(Model(sample.geometry, sample.read), windows.ids, observe=seen.observe)
+    run_model(Model(sample.config, sample.read), windows.ids, observe=seen.observe)
     factors = seen.factorized(gptq.DAMPING)
-    for tensor in expected_tensors(sample.geometry):
+    for tensor in expected_tensors(sample.config):
         if tensor.name not in factors or tensor.role in FLOAT_ROLES:
             continue
         if tensor.expert is not None and tensor.expert not in EXPERTS:

@@ -21,12 +21,13 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from lfmq.converter.checkpoint import Checkpoint, open_checkpoint
-from lfmq.converter.locate import sample_file
-from lfmq.converter.plan import resolve_plan
-from lfmq.converter.recipe import load_recipe
+from lfmq.converter.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from lfmq.converter.checkpoint.locate import sample_file
+from lfmq.converter.plan.plan import resolve_plan
+from lfmq.converter.plan.recipe import load_recipe
+from lfmq.formats.plan import Entry, Role
 from lfmq.quant.rtn import quantize
-from lfmq.quant.types import Entry, Role, Scheme, dequantize
+from lfmq.quant.types import Scheme, dequantize
 
 TYPES = {
     GGMLQuantizationType.Q4_K: Scheme(4, 32, "superblock"),
@@ -85,7 +86,7 @@ def left_out(library: ctypes.CDLL, groups: Iterable[tuple[str, Checkpoint, list[
 
 def entries(checkpoint: Checkpoint) -> list[Entry]:
     """Weights that any type may hold."""
-    plan = resolve_plan(checkpoint.geometry, load_recipe("int8"))
+    plan = resolve_plan(checkpoint.config, load_recipe("int8"))
     return [e for e in plan.entries if e.scheme is not None]
 
 

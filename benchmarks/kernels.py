@@ -18,23 +18,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from make_checkpoint import geometry, write_checkpoint
+from make_checkpoint import config, write_checkpoint
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from lfmq.converter.checkpoint import Checkpoint, open_checkpoint
-from lfmq.converter.convert import plan_layouts
-from lfmq.converter.locate import sample_file
-from lfmq.converter.nearest import quantize_entry
-from lfmq.converter.plan import resolve_plan
-from lfmq.converter.recipe import load_recipe
-from lfmq.converter.tensors import expected_tensors
-from lfmq.formats.build import Piece
-from lfmq.formats.gguf_blocks import PACKERS, QUANT_TYPES
+from lfmq.converter.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from lfmq.converter.checkpoint.locate import sample_file
+from lfmq.converter.model.tensors import expected_tensors
+from lfmq.converter.plan.plan import resolve_plan
+from lfmq.converter.plan.recipe import load_recipe
+from lfmq.converter.quantize.rtn import quantize_entry
+from lfmq.converter.run.convert import plan_layouts
+from lfmq.formats.build import Segment
+from lfmq.formats.gguf.blocks import PACKERS, QUANT_TYPES
+from lfmq.formats.plan import FLOAT_ROLES, Plan
 from lfmq.formats.registry import FORMATS
 from lfmq.quant import gptq, rtn
-from lfmq.quant.types import FLOAT_ROLES, Plan, Scheme, Weight, dequantize
+from lfmq.quant.types import Scheme, Weight, dequantize
 
 # Name, weights, bytes that must move for each, and what to run.
 Kernel = tuple[str, int, float, Callable[[], object]]
@@ -73,7 +74,7 @@ def speed_table() -> Table:
     for column in ("kernel", "M weights/s", "bytes/weight", "share of memory"):
         table.add_column(column, justify="left" if column == "kernel" else "right")
     with TemporaryDirectory() as folder:
-        write_checkpoint(Path(folder) / "two", geometry(3, 4, 1792, 8192))
+        write_checkpoint(Path(folder) / "two", config(3, 4, 1792, 8192))
         sample = open_checkpoint(Path(folder) / "two")
         for name, weights, nbytes, run in kernels(sample):
             seconds = best(run)
@@ -85,7 +86,7 @@ def speed_table() -> Table:
 
 def error_table(checkpoint: Checkpoint) -> Table:
     """Squared error over mlx's by bits and group."""
-    tensors = [t for t in expected_tensors(checkpoint.geometry) if t.role not in FLOAT_ROLES]
+    tensors = [t for t in expected_tensors(checkpoint.config) if t.role not in FLOAT_ROLES]
     weights = [checkpoint.read(t.name) for t in tensors]
     table = Table(title="squared error over mx.quantize's")
     for column in ("bits", *(f"group {group}" for group in MLX_GROUPS)):
@@ -136,7 +137,7 @@ def best(run: Callable[[], object]) -> float:
 def kernels(checkpoint: Checkpoint) -> list[Kernel]:
     """Reading, quantizers and packers."""
     recipe = load_recipe("int4")
-    plan = resolve_plan(checkpoint.geometry, recipe)
+    plan = resolve_plan(checkpoint.config, recipe)
     unit = next(u for u in plan.units() if u[0].expert == 0)
     names, weights = [e.name for e in unit], sum(e.size for e in unit)
     values = {name: checkpoint.read(name) for name in names}
@@ -165,9 +166,9 @@ def packers(
     """Every format's packing of the expert."""
     rows: list[Kernel] = []
     for name, layout in plan_layouts(checkpoint, plan, FORMATS).items():
-        pieces = [p for f in layout.files for p in f.pieces if p.sources[0] in found]
-        nbytes = 1.06 + sum(p.nbytes for p in pieces) / weights
-        rows.append((f"pack for {name}", weights, nbytes, partial(pack_all, pieces, found)))
+        segments = [p for f in layout.files for p in f.segments if p.sources[0] in found]
+        nbytes = 1.06 + sum(p.nbytes for p in segments) / weights
+        rows.append((f"pack for {name}", weights, nbytes, partial(pack_all, segments, found)))
     return rows
 
 
@@ -188,10 +189,10 @@ def round_all(weights: list[NDArray[np.float32]], scheme: Scheme) -> None:
         rtn.quantize(w, scheme)
 
 
-def pack_all(pieces: list[Piece], found: dict[str, Weight]) -> None:
+def pack_all(segments: list[Segment], found: dict[str, Weight]) -> None:
     """Pack each piece."""
-    for piece in pieces:
-        piece.pack(*(found[source] for source in piece.sources))
+    for segment in segments:
+        segment.pack(*(found[source] for source in segment.sources))
 
 
 if __name__ == "__main__":

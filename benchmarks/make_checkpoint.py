@@ -16,9 +16,9 @@ import click
 import torch
 from safetensors.torch import save_file
 
-from lfmq.converter.locate import sample_file
-from lfmq.converter.tensors import Tensor, expected_tensors
-from lfmq.quant.types import Geometry, LayerType, Role
+from lfmq.converter.checkpoint.locate import sample_file
+from lfmq.converter.model.tensors import Tensor, expected_tensors
+from lfmq.formats.plan import LayerType, ModelConfig, Role
 
 SHARD_BYTES = 4_500_000_000
 ATTENTION = (2, 6, 10, 14, 18, 21, 25, 29, 33, 37)
@@ -30,12 +30,12 @@ SIDE_FILES = (
 )
 
 
-def geometry(layers: int, experts: int, expert_width: int, vocabulary: int) -> Geometry:
+def config(layers: int, experts: int, expert_width: int, vocabulary: int) -> ModelConfig:
     """LFM2.5-8B-A1B, with the given counts."""
     types: tuple[LayerType, ...] = tuple(
         "full_attention" if i in ATTENTION else "conv" for i in range(layers)
     )
-    return Geometry(
+    return ModelConfig(
         hidden_size=2048,
         intermediate_size=7168,
         moe_intermediate_size=expert_width,
@@ -58,8 +58,8 @@ def geometry(layers: int, experts: int, expert_width: int, vocabulary: int) -> G
     )
 
 
-def config(g: Geometry) -> dict[str, object]:
-    """The ``config.json`` of a geometry, in the real checkpoint's style."""
+def config_json(g: ModelConfig) -> dict[str, object]:
+    """The ``config.json`` of a model, in the real checkpoint's style."""
     fields = [
         "hidden_size",
         "intermediate_size",
@@ -118,10 +118,10 @@ class Weights:
         return (values * scales * std).to(torch.bfloat16).view(tensor.shape).contiguous()
 
 
-def write_checkpoint(folder: Path, g: Geometry) -> None:
+def write_checkpoint(folder: Path, g: ModelConfig) -> None:
     """Write config, shards, index and the sample's tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config(g), indent=1))
+    (folder / "config.json").write_text(json.dumps(config_json(g), indent=1))
     for name in SIDE_FILES:
         shutil.copy(sample_file() / name, folder / name)
     shards = split_shards(expected_tensors(g))
@@ -160,7 +160,7 @@ def split_shards(tensors: tuple[Tensor, ...]) -> list[list[Tensor]]:
 @click.option("--vocabulary", default=128000, show_default=True)
 def main(folder: Path, layers: int, experts: int, expert_width: int, vocabulary: int) -> None:
     """Write a made-up checkpoint of the real model's shapes into FOLDER."""
-    g = geometry(layers, experts, expert_width, vocabulary)
+    g = config(layers, experts, expert_width, vocabulary)
     write_checkpoint(folder, g)
     tensors = expected_tensors(g)
     click.echo(f"{len(tensors)} tensors, {sum(map(nbytes, tensors)):,} bytes")

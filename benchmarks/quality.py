@@ -21,24 +21,30 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from rich.console import Console
 from rich.table import Table
 
-from lfmq.converter.budget import settle_widths
-from lfmq.converter.calibrated import calibrated_units
-from lfmq.converter.calibration import Calibration, Settings
-from lfmq.converter.checkpoint import Checkpoint, open_checkpoint
-from lfmq.converter.collect import collect
-from lfmq.converter.forward import Model, run_model
-from lfmq.converter.locate import sample_file
-from lfmq.converter.nearest import nearest_units
-from lfmq.converter.peers import peer_schemes
-from lfmq.converter.plan import resolve_plan
-from lfmq.converter.recipe import Recipe, load_recipe
-from lfmq.converter.tensors import Tensor, expected_tensors
-from lfmq.converter.text import Windows, load_windows
-from lfmq.converter.units import piece_bytes
+from lfmq.converter.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from lfmq.converter.checkpoint.locate import sample_file
+from lfmq.converter.mixed_precision.budget import settle_widths
+from lfmq.converter.mixed_precision.width_groups import segment_bytes
+from lfmq.converter.model.forward import Model, run_model
+from lfmq.converter.model.tensors import Tensor, expected_tensors
+from lfmq.converter.model.text import Windows, load_windows
+from lfmq.converter.plan.plan import resolve_plan
+from lfmq.converter.plan.presets import peer_schemes
+from lfmq.converter.plan.recipe import Recipe, load_recipe
+from lfmq.converter.quantize.layerwise import calibrated_units
+from lfmq.converter.quantize.rtn import nearest_units
+from lfmq.converter.quantize.settings import Calibration, Settings
+from lfmq.converter.statistics.collect import collect
+from lfmq.formats.plan import FLOAT_ROLES, ModelConfig
 from lfmq.formats.registry import FORMATS
-from lfmq.quant.types import FLOAT_ROLES, Geometry, Quantized, Scheme, Weight, dequantize
-from lfmq.validation.runs import Reference, compare_model, run_reference
-from lfmq.validation.summaries import summarize_scores
+from lfmq.quant.types import (
+    Quantized,
+    Scheme,
+    Weight,
+    dequantize,
+)
+from lfmq.validation.measure.runs import Reference, compare_model, run_reference
+from lfmq.validation.measure.summaries import summarize_scores
 
 Weights = dict[str, np.ndarray]
 Q = GGMLQuantizationType
@@ -73,7 +79,7 @@ def main() -> None:
     sample = open_checkpoint(sample_file())
     calibration = load(sample, "calibration.jsonl", options, options.calibrate_on)
     evaluation = load(sample, "evaluation.jsonl", options, options.evaluate_on)
-    reference = run_reference(Model(sample.geometry, sample.read), evaluation)
+    reference = run_reference(Model(sample.config, sample.read), evaluation)
     rows = []
     for make in builds(sample, calibration):
         if options.only and options.only.lower() not in make[0].lower():
@@ -81,7 +87,7 @@ def main() -> None:
         started = time.monotonic()
         made = make[1]()
         seconds = time.monotonic() - started
-        figures = judge(reference, sample.geometry, made)
+        figures = judge(reference, sample.config, made)
         rows.append({"name": make[0], **figures, "seconds": seconds})
         print(json.dumps(rows[-1]), flush=True)
     show(rows, reference)
@@ -96,7 +102,7 @@ def load(
     found = load_windows(
         [sample_file(name)],
         sample.assets,
-        sample.geometry,
+        sample.config,
         tokens=tokens,
         sequence=options.sequence,
     )
@@ -128,7 +134,7 @@ def builds(sample: Checkpoint, calibration: Windows) -> Iterator[tuple[str, Call
     def ggml(types: Callable[[Tensor], Q], *, plain: bool = False) -> Made:
         nbytes: dict[str, float] = {}
         weights = {}
-        for t in expected_tensors(sample.geometry):
+        for t in expected_tensors(sample.config):
             w = sample.read(t.name)
             if t.role not in FLOAT_ROLES:
                 kind = types(t)
@@ -145,7 +151,7 @@ def builds(sample: Checkpoint, calibration: Windows) -> Iterator[tuple[str, Call
         return lambda t: shared if t.expert is None else experts
 
     for recipe in LLAMA_CPP:
-        types = types_of(sample.geometry, load_recipe(recipe))
+        types = types_of(sample.config, load_recipe(recipe))
         yield f"llama.cpp {recipe.upper()}, imatrix", partial(ggml, types)
     yield "experts Q4_K, rest Q8_0, imatrix", lambda: ggml(split(Q.Q4_K, Q.Q8_0))
     yield "experts Q5_K, rest Q8_0, imatrix", lambda: ggml(split(Q.Q5_K, Q.Q8_0))
@@ -156,7 +162,7 @@ def builds(sample: Checkpoint, calibration: Windows) -> Iterator[tuple[str, Call
     for group in (32, 64):
         name = f"mlx affine, experts 4 bits g{group}, rest 8"
         yield name, partial(mlx_affine, sample, shape(sample, group))
-    usual = peer_schemes("mlx-4bit", sample.geometry)
+    usual = peer_schemes("mlx-4bit", sample.config)
     yield USUAL["mlx"], partial(mlx_affine, sample, usual, float_bytes=2)
 
 
@@ -164,7 +170,7 @@ def ours(
     sample: Checkpoint, recipe: Recipe, windows: Windows | None, settings: Settings | None = None
 ) -> Weights:
     """Weights of a recipe, rounded to nearest or calibrated."""
-    plan = resolve_plan(sample.geometry, recipe)
+    plan = resolve_plan(sample.config, recipe)
     found: dict[str, Weight] = {}
     if windows is None:
         units = nearest_units(sample, plan, found.update, threads=2)
@@ -180,14 +186,14 @@ def sized(
     sample: Checkpoint, recipe: Recipe, windows: Windows | None, format: str = "gguf"
 ) -> Made:
     """A build of a recipe, rounded to nearest or calibrated."""
-    plan = resolve_plan(sample.geometry, recipe)
+    plan = resolve_plan(sample.config, recipe)
     layout = FORMATS[format].layout(plan, sample.assets)
-    return Made(ours(sample, recipe, windows), piece_bytes(plan, layout).nbytes)
+    return Made(ours(sample, recipe, windows), segment_bytes(plan, layout).nbytes)
 
 
-def types_of(geometry: Geometry, recipe: Recipe) -> Callable[[Tensor], Q]:
+def types_of(config: ModelConfig, recipe: Recipe) -> Callable[[Tensor], Q]:
     """The type that a recipe of K-quants gives each tensor."""
-    schemes = {e.name: e.scheme for e in resolve_plan(geometry, recipe).entries}
+    schemes = {e.name: e.scheme for e in resolve_plan(config, recipe).entries}
     return lambda t: GGMLQuantizationType[str(schemes[t.name]).upper()]
 
 
@@ -202,7 +208,7 @@ def collect_importance(sample: Checkpoint, windows: Windows) -> Weights:
             sums[name] = sums[name] + squares if name in sums else squares
             counts[name] = counts.get(name, 0) + len(x)
 
-    run_model(Model(sample.geometry, sample.read), windows.ids, observe=observe)
+    run_model(Model(sample.config, sample.read), windows.ids, observe=observe)
     return {n: (s / counts[n]).float().numpy() for n, s in sums.items()}
 
 
@@ -212,7 +218,7 @@ def shape(sample: Checkpoint, group: int) -> dict[str, Scheme | None]:
         t.name: None
         if t.role in FLOAT_ROLES
         else Scheme(8 if t.expert is None else 4, group, "affine")
-        for t in expected_tensors(sample.geometry)
+        for t in expected_tensors(sample.config)
     }
 
 
@@ -224,7 +230,7 @@ def mlx_affine(
 
     nbytes: dict[str, float] = {}
     weights = {}
-    for t in expected_tensors(sample.geometry):
+    for t in expected_tensors(sample.config):
         w, scheme = sample.read(t.name), schemes[t.name]
         if scheme is None:
             nbytes[t.name] = float_bytes * t.size
@@ -237,14 +243,14 @@ def mlx_affine(
     return Made(weights, nbytes)
 
 
-def judge(reference: Reference, geometry: Geometry, made: Made) -> dict[str, Any]:
+def judge(reference: Reference, config: ModelConfig, made: Made) -> dict[str, Any]:
     """The figures of a build."""
-    compared = compare_model(reference, Model(geometry, lambda name: made.weights[name]))
+    compared = compare_model(reference, Model(config, lambda name: made.weights[name]))
     found, routing = summarize_scores(compared.scores), compared.routing
-    tensors = expected_tensors(geometry)
+    tensors = expected_tensors(config)
     experts = sum(made.nbytes[t.name] for t in tensors if t.expert is not None)
     nbytes = sum(made.nbytes.values())
-    idle = 1 - geometry.num_experts_per_tok / geometry.num_experts
+    idle = 1 - config.num_experts_per_tok / config.num_experts
     return {
         "bytes": round(nbytes),
         "token_bytes": round(nbytes - idle * experts),

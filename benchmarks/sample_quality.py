@@ -10,15 +10,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lfmq.converter.checkpoint import open_checkpoint
-from lfmq.converter.convert import convert
-from lfmq.converter.locate import sample_file
-from lfmq.converter.plan import resolve_plan
-from lfmq.converter.recipe import load_recipe
-from lfmq.converter.text import load_windows
+from lfmq.commands.tables import report_table
+from lfmq.converter.checkpoint.checkpoint import open_checkpoint
+from lfmq.converter.checkpoint.locate import sample_file
+from lfmq.converter.model.text import load_windows
+from lfmq.converter.plan.plan import resolve_plan
+from lfmq.converter.plan.recipe import load_recipe
+from lfmq.converter.run.convert import convert
 from lfmq.formats.registry import FORMATS
-from lfmq.validation.tables import report_table
-from lfmq.validation.validate import validate
+from lfmq.validation.measure.validate import validate
 
 
 def main() -> None:
@@ -35,12 +35,12 @@ def main() -> None:
         paths = []
         for name in options.recipe or ("int8", "int4", "int4-all"):
             recipe = load_recipe(name)
-            plan = resolve_plan(sample.geometry, recipe)
+            plan = resolve_plan(sample.config, recipe)
             paths += [b.path for b in convert(sample, recipe, plan, chosen, Path(folder))]
         windows = load_windows(
             [sample_file("evaluation.jsonl")],
             sample.assets,
-            sample.geometry,
+            sample.config,
             tokens=options.tokens,
             sequence=options.sequence,
         )

@@ -14,18 +14,18 @@ from quality import ours
 from rich.console import Console
 from rich.table import Table
 
-from lfmq.converter.budget import choose_widths, predicted_kld
-from lfmq.converter.checkpoint import Checkpoint, open_checkpoint
-from lfmq.converter.collect import collect
-from lfmq.converter.forward import Model
-from lfmq.converter.limits import Limits
-from lfmq.converter.locate import sample_file
-from lfmq.converter.plan import resolve_plan
-from lfmq.converter.recipe import Recipe, load_recipe, parse_recipe
-from lfmq.converter.statistics import Statistics
+from lfmq.converter.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from lfmq.converter.checkpoint.locate import sample_file
+from lfmq.converter.mixed_precision.budget import choose_widths, predicted_kld
+from lfmq.converter.mixed_precision.size_limits import Limits
+from lfmq.converter.model.forward import Model
+from lfmq.converter.plan.plan import resolve_plan
+from lfmq.converter.plan.recipe import Recipe, load_recipe, parse_recipe
+from lfmq.converter.statistics.collect import collect
+from lfmq.converter.statistics.statistics import Statistics
 from lfmq.formats.registry import FORMATS
-from lfmq.validation.paired import differences
-from lfmq.validation.runs import Comparison, run_reference
+from lfmq.validation.measure.compare import differences
+from lfmq.validation.measure.runs import Comparison, run_reference
 
 # Of the experts' weights at 8 bits.
 SHARES = {"1/3": 1 / 3, "1/2": 1 / 2, "2/3": 2 / 3}
@@ -44,13 +44,13 @@ def main() -> None:
     calibration = load(sample, "calibration.jsonl", options.tokens)
     statistics, _ = collect(sample, calibration)
     evaluation = load(sample, "evaluation.jsonl", options.evaluate)
-    reference = run_reference(Model(sample.geometry, sample.read), evaluation)
+    reference = run_reference(Model(sample.config, sample.read), evaluation)
     table = Table(title=f"{evaluation.tokens:,} tokens of evaluation")
     for column in ("experts at 8 bits", "chosen by", "predicted", "measured", "same experts"):
         table.add_column(column, justify="left" if column == "chosen by" else "right")
     runs: dict[tuple[str, str], Comparison] = {}
     for share, name, recipe in plans(sample, statistics, options.share or list(SHARES)):
-        predicted = predicted_kld(statistics, resolve_plan(sample.geometry, recipe))
+        predicted = predicted_kld(statistics, resolve_plan(sample.config, recipe))
         runs[share, name] = run = compare(sample, reference, ours(sample, recipe, calibration))
         row = (share, name, f"{predicted:.6f}", *figures_of(run))
         table.add_row(*row)
@@ -78,7 +78,7 @@ def plans(
     sample: Checkpoint, statistics: Statistics, shares: list[str]
 ) -> list[tuple[str, str, Recipe]]:
     """Share of the experts at 8 bits, who chose it, and the recipe."""
-    layers, experts = sample.geometry.moe_layers, sample.geometry.num_experts
+    layers, experts = sample.config.moe_layers, sample.config.num_experts
     rules = {
         "1/3": {
             "every down": 'roles = ["expert_down"]',
@@ -99,13 +99,13 @@ def plans(
         for unit, container in units:
             module = FORMATS[container]
             least, most = (
-                module.layout(resolve_plan(sample.geometry, load_recipe(r)), sample.assets).nbytes
+                module.layout(resolve_plan(sample.config, load_recipe(r)), sample.assets).nbytes
                 for r in ("int4", "int8")
             )
             # a page of header is what exceptions may take
             limit = least + SHARES[share] * (most - least) + 4096
             chosen = choose_widths(
-                sample.geometry,
+                sample.config,
                 sample.assets,
                 load_recipe("int4"),
                 statistics,

@@ -1,8 +1,9 @@
-"""What every container has in common: a byte layout known from the plan, filled in piece by piece.
+"""What every container has in common: a byte layout known from the plan, filled by segments.
 
-A format turns a plan into a :class:`BuildLayout`: files with their headers and, for each piece of
-a file, where it goes, which tensors it is made of and the pure function that packs them. One
-writer (``lfmq.formats.writer``) fills in any layout, in any order; no format writes a build.
+A format turns a plan into a :class:`BuildLayout`: files with their headers and, for each segment
+of a file, where it goes, which tensors it is made of and the pure function that packs them. One
+writer (``lfmq.formats.writing.writer``) fills in any layout, in any order; no format writes a
+build.
 """
 
 import json
@@ -14,11 +15,11 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from lfmq.quant.types import Geometry, Plan
+from lfmq.formats.plan import ModelConfig, Plan
 
 Bytes = NDArray[np.uint8]
 # Expert weights that must share a width: a layer's projection, an expert, a layer; or none must.
-WidthUnit = Literal["stack", "expert", "layer", "weight"]
+WidthScope = Literal["stack", "expert", "layer", "weight"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,19 +28,19 @@ class Assets:
 
     Attributes:
         name: the checkpoint's name, which builds are named after.
-        config: the parsed ``config.json``.
+        config_json: the parsed ``config.json``.
         files: tokenizer and template files by name, byte for byte (``tokenizer.json``, ...).
         folder: the checkpoint folder, for libraries that read tokenizers from one.
     """
 
     name: str
-    config: dict[str, Any]
+    config_json: dict[str, Any]
     files: dict[str, bytes]
     folder: Path
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Segment:
     """A run of bytes in a file.
 
     Attributes:
@@ -66,13 +67,13 @@ class FileLayout:
         path: relative to the build's folder; empty when the build is a single file.
         size: length of the finished file, bytes.
         constants: bytes that do not depend on a weight, by offset (the header among them).
-        pieces: what the weights fill in. Bytes neither covers stay zero.
+        segments: what the weights fill in. Bytes neither covers stay zero.
     """
 
     path: str
     size: int
     constants: tuple[tuple[int, bytes], ...] = ()
-    pieces: tuple[Piece, ...] = field(default=())
+    segments: tuple[Segment, ...] = field(default=())
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,7 @@ class Format(Protocol):
 
     NAME: str
     SUFFIX: str
-    WIDTHS: WidthUnit
+    WIDTHS: WidthScope
 
     def check(self, plan: Plan, assets: Assets) -> None:
         """Raise UnsupportedError when the container cannot hold the plan."""
@@ -123,7 +124,7 @@ class Reader(Protocol):
     """A finished build, opened to read its weights back under their checkpoint names."""
 
     @property
-    def geometry(self) -> Geometry:
+    def config(self) -> ModelConfig:
         """The model's facts as the build's own metadata states them."""
 
     def read(self, name: str) -> NDArray[np.float32]:

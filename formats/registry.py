@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
-from lfmq.formats import compressed_tensors, gguf, mlx, onnx
 from lfmq.formats.build import Format
-from lfmq.formats.hf_config import read_config
+from lfmq.formats.compressed_tensors import container as compressed_tensors
+from lfmq.formats.gguf import container as gguf
+from lfmq.formats.huggingface.config import read_config
+from lfmq.formats.mlx import container as mlx
+from lfmq.formats.onnx import container as onnx
 from lfmq.quant.errors import CheckpointError, ValidationError
 
 FORMATS: dict[str, Format] = {

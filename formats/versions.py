@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lfmq.formats.build import Assets
-from lfmq.quant.types import EXPERT_ROLES, Plan, Role
+from lfmq.formats.plan import EXPERT_ROLES, Plan, Role
 
 # What of a build a release gets wrong; no concern means every build.
 Concern = Literal["packed experts", "8-bit experts", "packed convolutions", "LFM2.5-8B-A1B"]
@@ -127,7 +127,7 @@ def plan_concerns(plan: Plan) -> frozenset[Concern]:
 
 def checkpoint_concerns(assets: Assets) -> frozenset[Concern]:
     """LFM2.5-8B-A1B when the checkpoint's name, config or card speaks of it, a fine-tune's too."""
-    named = f"{assets.name} {assets.config.get('_name_or_path')}".encode("utf-8", "replace")
+    named = f"{assets.name} {assets.config_json.get('_name_or_path')}".encode("utf-8", "replace")
     spoken = _UPDATED_MODEL in named or _UPDATED_MODEL in assets.files.get("README.md", b"")
     return frozenset({"LFM2.5-8B-A1B"}) if spoken else frozenset()
 

@@ -3,7 +3,7 @@
 import numpy as np
 from numba import njit
 
-from lfmq.quant.vector import load, nearest, store
+from lfmq.quant.simd import load, nearest, store
 
 _ONE = np.float32(1)
 

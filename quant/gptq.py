@@ -11,8 +11,8 @@ inverse of H (Frantar et al. 2022, GPTQ, algorithm 1). Deviations:
   the scale of a group and then each of its codes take the value of least loss.
 - Columns keep their order, so that groups stay whole in every container.
 
-What a grid does with some columns is in ``lfmq.quant.symmetric_gptq`` for the portable grid, in
-``lfmq.quant.offset_gptq`` for those with an offset a group and in ``lfmq.quant.superblock_gptq``
+What a grid does with some columns is in ``lfmq.quant.symmetric.gptq`` for the portable grid, in
+``lfmq.quant.affine.gptq`` for those with an offset a group and in ``lfmq.quant.kquant.gptq``
 for K-quants.
 
 float32 with float64 factorization. Sums over K go through BLAS: equal on one machine whatever the
@@ -26,14 +26,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lfmq.quant import gptq_torch, offset_torch, superblock_torch
-from lfmq.quant.grid_state import GridState
-from lfmq.quant.offset_gptq import OffsetState
-from lfmq.quant.superblock_gptq import SuperblockState
-from lfmq.quant.symmetric_gptq import SymmetricState
-from lfmq.quant.triangular import invert_lower
+from lfmq.quant.affine import torch_body as offset_torch
+from lfmq.quant.affine.gptq import OffsetState
+from lfmq.quant.grid import GridState
+from lfmq.quant.kquant import torch_body as superblock_torch
+from lfmq.quant.kquant.gptq import SuperblockState
+from lfmq.quant.linalg import invert_lower
+from lfmq.quant.simd import whole_lanes
+from lfmq.quant.symmetric import torch_body as gptq_torch
+from lfmq.quant.symmetric.gptq import SymmetricState
 from lfmq.quant.types import Grid, Quantized, Scheme
-from lfmq.quant.vector import whole_lanes
 
 # Share of the mean diagonal added to it. Ten times that of Frantar et al. 2022, section 3.3: it
 # costs nothing on text like the calibration's and wins on other text (docs/quantization.md).

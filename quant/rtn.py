@@ -2,7 +2,7 @@
 
 Bit-exact by construction: every sum runs over a group in order in float32, one row a SIMD lane,
 without fused multiply-add; the tests hold plain definitions. Each grid has its own search
-(``lfmq.quant.symmetric_lanes``, ``offset_lanes``, ``superblock_lanes``).
+(``lfmq.quant.symmetric.search``, ``offset_lanes``, ``superblock_lanes``).
 """
 
 from typing import Any
@@ -11,7 +11,9 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from lfmq.quant import offset_rtn, superblock_rtn, symmetric_rtn
+from lfmq.quant.affine import rtn as offset_rtn
+from lfmq.quant.kquant import rtn as superblock_rtn
+from lfmq.quant.symmetric import rtn as symmetric_rtn
 from lfmq.quant.types import Quantized, Scheme
 
 _GRIDS = {

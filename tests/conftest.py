@@ -14,16 +14,18 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from lfmq.converter.checkpoint import Checkpoint
-from lfmq.converter.tensors import expected_tensors
+from lfmq.converter.checkpoint.checkpoint import Checkpoint
+from lfmq.converter.model.tensors import expected_tensors
 from lfmq.formats.build import Assets
-from lfmq.quant.types import (
+from lfmq.formats.plan import (
     FLOAT_ROLES,
     Entry,
-    Geometry,
+    ModelConfig,
     Plan,
-    Quantized,
     Role,
+)
+from lfmq.quant.types import (
+    Quantized,
     Scheme,
     Storage,
     Weight,
@@ -55,9 +57,9 @@ def ggml() -> ctypes.CDLL:
 
 
 @pytest.fixture(scope="session")
-def tiny_geometry() -> Geometry:
+def tiny_config() -> ModelConfig:
     """Two dense and two MoE layers, conv and attention; no two widths are equal by accident."""
-    return Geometry(
+    return ModelConfig(
         hidden_size=128,
         intermediate_size=192,
         moe_intermediate_size=64,
@@ -85,19 +87,19 @@ def make_plan() -> Callable[..., Plan]:
     """Build a plan: one storage for experts, one for what is shared, exceptions by name."""
 
     def make(
-        geometry: Geometry,
+        config: ModelConfig,
         experts: Storage = Scheme(4),
         shared: Storage = Scheme(8),
         overrides: dict[str, Storage] | None = None,
     ) -> Plan:
         entries = []
-        for t in expected_tensors(geometry):
+        for t in expected_tensors(config):
             storage = shared if t.expert is None else experts
             if t.role in FLOAT_ROLES:
                 storage = "float32"
             storage = (overrides or {}).get(t.name, storage)
             entries.append(Entry(t.name, t.shape, t.role, t.layer, t.expert, storage))
-        return Plan(geometry, tuple(entries), "test")
+        return Plan(config, tuple(entries), "test")
 
     return make
 
@@ -135,9 +137,9 @@ def _random_float(rng: np.random.Generator, entry: Entry) -> NDArray[np.float32]
 
 
 @pytest.fixture
-def tiny_assets(tiny_geometry: Geometry, sample_folder: Path) -> Assets:
-    """The sample's tokenizer and template beside the tiny geometry's config."""
-    g = tiny_geometry
+def tiny_assets(tiny_config: ModelConfig, sample_folder: Path) -> Assets:
+    """The sample's tokenizer and template beside the tiny config's config."""
+    g = tiny_config
     config = {
         "architectures": ["Lfm2MoeForCausalLM"],
         "model_type": "lfm2_moe",
@@ -202,7 +204,7 @@ def transformers_model() -> Callable[..., object]:
 
 @pytest.fixture
 def make_checkpoint(
-    tmp_path: Path, tiny_geometry: Geometry, tiny_assets: Assets
+    tmp_path: Path, tiny_config: ModelConfig, tiny_assets: Assets
 ) -> Callable[..., Path]:
     """Write a small valid checkpoint; ``change`` may edit its tensors, ``config`` its config."""
 
@@ -214,15 +216,14 @@ def make_checkpoint(
     ) -> Path:
         folder = tmp_path / name
         folder.mkdir()
-        geometry = replace(tiny_geometry, vocab_size=8192)
         rng = np.random.default_rng(9)
         tensors: dict[str, NDArray[Any]] = {
             t.name: (rng.standard_normal(t.shape) * 0.05).astype(np.float32)
-            for t in expected_tensors(geometry)
+            for t in expected_tensors(replace(tiny_config, vocab_size=8192))
         }
         if change is not None:
             change(tensors)
-        document = tiny_assets.config | {"vocab_size": 8192} | (config or {})
+        document = tiny_assets.config_json | {"vocab_size": 8192} | (config or {})
         (folder / "config.json").write_text(json.dumps(document))
         for file, content in tiny_assets.files.items():
             (folder / file).write_bytes(content)
@@ -271,7 +272,7 @@ def count_reads() -> Callable[[Checkpoint], tuple[Checkpoint, list[str]]]:
     def make(checkpoint: Checkpoint) -> tuple[Checkpoint, list[str]]:
         reads: list[str] = []
         kind = type("Counting", (CountingCheckpoint,), {"reads": reads})
-        fields = (checkpoint.folder, checkpoint.geometry, checkpoint.assets, checkpoint.stored)
+        fields = (checkpoint.folder, checkpoint.config, checkpoint.assets, checkpoint.stored)
         return kind(*fields), reads
 
     return make

@@ -12,13 +12,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lfmq.converter.calibration import Calibration
-from lfmq.converter.checkpoint import Checkpoint, open_checkpoint
-from lfmq.converter.collect import collect
-from lfmq.converter.convert import convert
-from lfmq.converter.plan import resolve_plan
-from lfmq.converter.recipe import load_recipe
-from lfmq.converter.workers import open_workers
+from lfmq.converter.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from lfmq.converter.jobs.workers import open_workers
+from lfmq.converter.plan.plan import resolve_plan
+from lfmq.converter.plan.recipe import load_recipe
+from lfmq.converter.quantize.settings import Calibration
+from lfmq.converter.run.convert import convert
+from lfmq.converter.statistics.collect import collect
 from lfmq.formats.registry import FORMATS
 from lfmq.quant.errors import CheckpointError, ClusterError
 from lfmq.tests.test_resume import content, windows
@@ -55,7 +55,7 @@ def cluster(tmp_path_factory):
 
 def run(checkpoint, output, **options):
     recipe = load_recipe("int4")
-    plan = resolve_plan(checkpoint.geometry, recipe)
+    plan = resolve_plan(checkpoint.config, recipe)
     convert(checkpoint, recipe, plan, FORMATS, output, **options)
     return content(output)
 
@@ -101,7 +101,7 @@ class Broken(Checkpoint):
 
 def test_an_error_of_a_worker_is_the_same_line(make_checkpoint, cluster, tmp_path):
     good = open_checkpoint(make_checkpoint())
-    broken = Broken(good.folder, good.geometry, good.assets, good.stored)
+    broken = Broken(good.folder, good.config, good.assets, good.stored)
     with pytest.raises(CheckpointError, match=r"^no such luck$"):
         run(broken, tmp_path / "out", cluster=cluster)
 

@@ -8,11 +8,11 @@ import click
 import pytest
 
 from lfmq.cli import main
-from lfmq.converter.checkpoint import open_checkpoint
-from lfmq.converter.plan import resolve_plan
-from lfmq.converter.recipe import builtin_recipes, load_recipe, parse_recipe
+from lfmq.converter.checkpoint.checkpoint import open_checkpoint
+from lfmq.converter.plan.plan import resolve_plan
+from lfmq.converter.plan.recipe import builtin_recipes, load_recipe, parse_recipe
+from lfmq.formats.plan import EXPERT_ROLES, SHARED_ROLES
 from lfmq.formats.registry import FORMATS
-from lfmq.quant.types import EXPERT_ROLES, SHARED_ROLES
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -92,9 +92,9 @@ def test_recipe_page_shows_the_built_in_recipes() -> None:
 
 
 def test_recipe_page_examples_resolve(sample_folder: Path) -> None:
-    geometry = open_checkpoint(sample_folder).geometry
+    config = open_checkpoint(sample_folder).config
     for number, example in enumerate(fenced((DOCS / "recipes.md").read_text("utf-8"), "toml"), 1):
-        resolve_plan(geometry, parse_recipe(example, f"example {number}", "docs/recipes.md"))
+        resolve_plan(config, parse_recipe(example, f"example {number}", "docs/recipes.md"))
 
 
 def test_recipe_page_names_every_role() -> None:

@@ -16,17 +16,17 @@ from gguf import GGUFReader
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from lfmq.converter.calibration import Calibration
-from lfmq.converter.checkpoint import open_checkpoint
-from lfmq.converter.convert import convert, plan_builds
-from lfmq.converter.nearest import quantize_entry
-from lfmq.converter.plan import resolve_plan
-from lfmq.converter.recipe import parse_recipe
-from lfmq.converter.text import load_windows
+from lfmq.converter.checkpoint.checkpoint import open_checkpoint
+from lfmq.converter.model.text import load_windows
+from lfmq.converter.plan.plan import resolve_plan
+from lfmq.converter.plan.recipe import parse_recipe
+from lfmq.converter.quantize.rtn import quantize_entry
+from lfmq.converter.quantize.settings import Calibration
+from lfmq.converter.run.convert import convert, plan_builds
 from lfmq.formats.registry import FORMATS, detect_format
 from lfmq.quant.types import Quantized, dequantize
-from lfmq.validation.engine import EngineRequest
-from lfmq.validation.native import run_native
+from lfmq.validation.engines.child_process import run_native
+from lfmq.validation.engines.protocol import EngineRequest
 
 # The name begins with the format that holds the recipe.
 RECIPES = {
@@ -67,14 +67,12 @@ FLOAT16_MEDIAN = 0.1
 def builds(sample_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     checkpoint = open_checkpoint(sample_folder)
     text = sample_folder.parent / "calibration.jsonl"
-    windows = load_windows(
-        [text], checkpoint.assets, checkpoint.geometry, tokens=2048, sequence=256
-    )
+    windows = load_windows([text], checkpoint.assets, checkpoint.config, tokens=2048, sequence=256)
     paths = {}
     for name, rules in RECIPES.items():
         format = name.partition("-")[0]
         recipe = parse_recipe(rules, "grid", "a test")
-        plan = resolve_plan(checkpoint.geometry, recipe)
+        plan = resolve_plan(checkpoint.config, recipe)
         planned = plan_builds(checkpoint, plan, FORMATS)
         assert [b.format for b in planned if b.refused is None] == [format]
         output = tmp_path_factory.mktemp(name)
@@ -91,7 +89,7 @@ def builds(sample_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 def k_quants(sample_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The sample rounded to nearest with a recipe of all K-quants."""
     checkpoint, recipe = open_checkpoint(sample_folder), parse_recipe(K_QUANTS, "k", "a test")
-    plan = resolve_plan(checkpoint.geometry, recipe)
+    plan = resolve_plan(checkpoint.config, recipe)
     planned = plan_builds(checkpoint, plan, FORMATS)
     assert [b.format for b in planned if b.refused is None] == ["gguf"]
     output = tmp_path_factory.mktemp("k")
@@ -127,7 +125,7 @@ def reference(
 
 def test_k_quants_read_back(k_quants: Path, sample_folder: Path) -> None:
     checkpoint, reader = open_checkpoint(sample_folder), FORMATS["gguf"].open_reader(k_quants)
-    plan = resolve_plan(checkpoint.geometry, parse_recipe(K_QUANTS, "k", "a test"))
+    plan = resolve_plan(checkpoint.config, parse_recipe(K_QUANTS, "k", "a test"))
     found = set()
     for entry in plan.entries:
         weight = quantize_entry(checkpoint, entry)

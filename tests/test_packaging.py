@@ -9,35 +9,28 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
-import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
-FOLDERS = ("benchmarks", "converter", "docs", "formats", "quant", "tests", "validation")
+FOLDERS = (
+    "benchmarks",
+    "commands",
+    "converter",
+    "docs",
+    "formats",
+    "quant",
+    "tests",
+    "validation",
+)
 TEXT_SUFFIXES = {".jinja", ".md", ".py", ".toml", ".txt", ".yaml", ".yml"}
-NEUTRAL_FORMAT_MODULES = {
-    "__init__",
-    "bits",
-    "build",
-    "card",
-    "filler",
-    "hashes",
-    "hf_config",
-    "journal",
-    "page_cache",
-    "registry",
-    "safetensors_file",
-    "safetensors_layout",
-    "versions",
-    "writer",
-}
 
 
 def packages() -> list[Path]:
-    """Folders of the root that are Python packages."""
-    return sorted(p.parent for p in ROOT.glob("*/__init__.py"))
+    """Every Python package below the root, as folders."""
+    tops = sorted(p.parent for p in ROOT.glob("*/__init__.py"))
+    return sorted(p.parent for top in tops for p in top.rglob("__init__.py"))
 
 
 def text_files() -> Iterator[Path]:
@@ -63,8 +56,8 @@ def requirements(listed: list[str]) -> list[Requirement]:
 
 def test_every_package_is_listed() -> None:
     listed = PROJECT["tool"]["setuptools"]["packages"]
-    assert sorted(listed) == ["lfmq", *(f"lfmq.{p.name}" for p in packages())]
-    assert not [p for folder in packages() for p in folder.glob("*/__init__.py")]
+    found = (".".join(("lfmq", *p.relative_to(ROOT).parts)) for p in packages())
+    assert sorted(listed) == sorted(["lfmq", *found])
 
 
 def test_root_holds_no_other_module() -> None:
@@ -81,8 +74,8 @@ def test_data_files_are_listed() -> None:
     }
     found = {
         p
-        for folder in packages()
-        for p in folder.rglob("*")
+        for top in ROOT.glob("*/__init__.py")
+        for p in top.parent.rglob("*")
         if p.is_file() and p.suffix not in {".py", ".pyc", ".nbi", ".nbc"}
     }
     assert shipped == found | {ROOT / "py.typed"}
@@ -167,23 +160,3 @@ def test_every_import_is_declared() -> None:
             found = {canonicalize_name(d) for d in providers.get(name, [name])}
             allowed = declared | optional if name in late else declared
             assert found & allowed, f"{module.name} imports {name}, which is not declared"
-
-
-def families() -> dict[str, set[str]]:
-    """The modules of formats/ by the container they belong to, which their names start with."""
-    groups: dict[str, set[str]] = {}
-    for path in (ROOT / "formats").glob("*.py"):
-        if path.stem not in NEUTRAL_FORMAT_MODULES:
-            family = path.stem.partition("_")[0]
-            groups.setdefault(family, set()).add(f"lfmq.formats.{path.stem}")
-    return groups
-
-
-@pytest.mark.parametrize("family", sorted(families()))
-def test_import_rules_know_every_format_module(family: str) -> None:
-    contracts = PROJECT["tool"]["importlinter"]["contracts"]
-    own = families()[family]
-    others = {m for name, modules in families().items() if name != family for m in modules}
-    found = [c for c in contracts if set(c.get("source_modules", ())) == own]
-    assert len(found) == 1, f"no contract has exactly {sorted(own)} as source_modules"
-    assert set(found[0]["forbidden_modules"]) == others | {"lfmq.formats.registry"}

@@ -11,7 +11,7 @@ import yaml
 
 from lfmq.cli import main
 from lfmq.formats.versions import KNOWN_BAD, PROVEN
-from lfmq.validation.limits import load_thresholds
+from lfmq.validation.gate.thresholds import load_thresholds
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"

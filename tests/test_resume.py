@@ -15,14 +15,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lfmq.converter import origin
-from lfmq.converter.calibration import Calibration, Settings
-from lfmq.converter.checkpoint import Checkpoint, open_checkpoint
-from lfmq.converter.convert import Amount, convert
-from lfmq.converter.lock import lock_folder
-from lfmq.converter.plan import resolve_plan
-from lfmq.converter.recipe import load_recipe
-from lfmq.converter.text import Windows
+from lfmq.converter.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from lfmq.converter.jobs.lock import lock_folder
+from lfmq.converter.model.text import Windows
+from lfmq.converter.plan.plan import resolve_plan
+from lfmq.converter.plan.recipe import load_recipe
+from lfmq.converter.quantize.settings import Calibration, Settings
+from lfmq.converter.run import resume_key as origin
+from lfmq.converter.run.convert import Amount, convert
 from lfmq.formats.registry import FORMATS
 from lfmq.quant.errors import CheckpointError, PlanError
 
@@ -41,7 +41,7 @@ def content(folder: Path) -> dict[str, str]:
 def run(checkpoint, output, *formats, recipe=None, **options):
     """Convert; the lines of notice."""
     recipe = recipe or load_recipe("int4")
-    plan = resolve_plan(checkpoint.geometry, recipe)
+    plan = resolve_plan(checkpoint.config, recipe)
     chosen = {name: FORMATS[name] for name in formats or FORMATS}
     lines: list[str] = []
     convert(checkpoint, recipe, plan, chosen, output, notice=lines.append, **options)
@@ -190,7 +190,7 @@ def test_another_version_starts_over(make_checkpoint, tmp_path, monkeypatch):
     for name, words in (("lfmq", "lfmq's version"), ("numpy", "the version of a library")):
         stopped(checkpoint, tmp_path / name, "mlx", units=20)
         monkeypatch.setattr(
-            "lfmq.converter.origin.version", lambda n, c=name: version(n) + "9" * (n == c)
+            "lfmq.converter.run.resume_key.version", lambda n, c=name: version(n) + "9" * (n == c)
         )
         lines = run(checkpoint, tmp_path / name, "mlx")
         assert lines == [f"starting over: {words} changed"]
@@ -208,7 +208,7 @@ def test_a_touched_input_starts_over(make_checkpoint, tmp_path, file):
 
 def test_what_a_calibration_depends_on(sample):
     recipe = load_recipe("int4")
-    plan = resolve_plan(sample.geometry, recipe)
+    plan = resolve_plan(sample.config, recipe)
     calibrations = [
         None,
         Calibration(windows()),
@@ -252,7 +252,7 @@ def test_a_read_error_is_one_line_and_the_next_run_goes_on(make_checkpoint, tmp_
         return read(*arguments)
 
     failing = SimpleNamespace(**vars(os) | {"preadv": fail})
-    monkeypatch.setattr("lfmq.formats.safetensors_file.os", failing)
+    monkeypatch.setattr("lfmq.formats.huggingface.safetensors_file.os", failing)
     with pytest.raises(CheckpointError, match=r"cannot be read \(Input/output error\)$"):
         run(open_checkpoint(folder), tmp_path / "out", threads=1)
     monkeypatch.undo()

@@ -17,13 +17,13 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from lfmq.converter.checkpoint import open_checkpoint
-from lfmq.converter.convert import convert
-from lfmq.converter.plan import resolve_plan
-from lfmq.converter.recipe import load_recipe
+from lfmq.converter.checkpoint.checkpoint import open_checkpoint
+from lfmq.converter.plan.plan import resolve_plan
+from lfmq.converter.plan.recipe import load_recipe
+from lfmq.converter.run.convert import convert
 from lfmq.formats.registry import FORMATS
-from lfmq.validation.engine import EngineRequest
-from lfmq.validation.native import run_native
+from lfmq.validation.engines.child_process import run_native
+from lfmq.validation.engines.protocol import EngineRequest
 
 NEW_TOKENS = 24
 END_OF_TURN = 4
@@ -61,7 +61,7 @@ def builds(
     recipe: str, sample_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
     checkpoint, loaded = open_checkpoint(sample_folder), load_recipe(recipe)
-    plan = resolve_plan(checkpoint.geometry, loaded)
+    plan = resolve_plan(checkpoint.config, loaded)
     done = convert(checkpoint, loaded, plan, FORMATS, tmp_path_factory.mktemp(recipe))
     return {b.format: b.path for b in done}
 

@@ -47,11 +47,11 @@ def test_a_proven_version_is_known_bad_only_where_a_switch_helps():
                     assert not bad or row.switch is not None
 
 
-def test_concerns_of_a_plan(tiny_geometry, make_plan):
-    assert plan_concerns(make_plan(tiny_geometry)) == {"packed experts", "packed convolutions"}
-    wide = make_plan(tiny_geometry, experts=Scheme(8), shared="float32")
+def test_concerns_of_a_plan(tiny_config, make_plan):
+    assert plan_concerns(make_plan(tiny_config)) == {"packed experts", "packed convolutions"}
+    wide = make_plan(tiny_config, experts=Scheme(8), shared="float32")
     assert plan_concerns(wide) == {"packed experts", "8-bit experts"}
-    assert plan_concerns(make_plan(tiny_geometry, "float32", "float32")) == frozenset()
+    assert plan_concerns(make_plan(tiny_config, "float32", "float32")) == frozenset()
 
 
 def test_concerns_of_a_checkpoint(tiny_assets):

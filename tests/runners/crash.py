@@ -15,10 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lfmq.converter.checkpoint import open_checkpoint
-from lfmq.converter.convert import convert
-from lfmq.converter.plan import resolve_plan
-from lfmq.converter.recipe import load_recipe
+from lfmq.converter.checkpoint.checkpoint import open_checkpoint
+from lfmq.converter.plan.plan import resolve_plan
+from lfmq.converter.plan.recipe import load_recipe
+from lfmq.converter.run.convert import convert
 from lfmq.formats.registry import FORMATS
 from lfmq.quant.errors import PlanError
 
@@ -63,7 +63,7 @@ def killed_at(point: int) -> Iterator[list[int]]:
 def run(checkpoint: Path, output: Path, formats: list[str], point: int = -1) -> int:
     """Convert in this process; the number of calls that count."""
     opened, recipe = open_checkpoint(checkpoint), load_recipe("int4")
-    plan = resolve_plan(opened.geometry, recipe)
+    plan = resolve_plan(opened.config, recipe)
     chosen = {name: FORMATS[name] for name in formats}
     with killed_at(point) as count:
         convert(opened, recipe, plan, chosen, output, threads=1)

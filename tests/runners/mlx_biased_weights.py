@@ -4,12 +4,12 @@ from collections.abc import Iterator
 
 from mlx_lm.models import lfm2_moe
 
-from lfmq.tests.validation.test_native_mlx import biased_weights
-from lfmq.validation import native_mlx
-from lfmq.validation.engine import EngineRequest, WindowRun
-from lfmq.validation.native_mlx import EXTRA as EXTRA
-from lfmq.validation.native_mlx import NAME as NAME
-from lfmq.validation.native_mlx import version as version
+from lfmq.tests.validation.engines.test_mlx import biased_weights
+from lfmq.validation.engines import mlx as native_mlx
+from lfmq.validation.engines.mlx import EXTRA as EXTRA
+from lfmq.validation.engines.mlx import NAME as NAME
+from lfmq.validation.engines.mlx import version as version
+from lfmq.validation.engines.protocol import EngineRequest, WindowRun
 
 
 def run_windows(request: EngineRequest) -> Iterator[WindowRun]:

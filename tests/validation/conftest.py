@@ -11,16 +11,16 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from lfmq.converter.checkpoint import open_checkpoint
-from lfmq.converter.convert import convert
-from lfmq.converter.forward import Model, embed, feed_forward, mix_tokens, normed
-from lfmq.converter.plan import resolve_plan
-from lfmq.converter.recipe import load_recipe
-from lfmq.converter.text import load_windows
+from lfmq.converter.checkpoint.checkpoint import open_checkpoint
+from lfmq.converter.model.forward import Model, embed, feed_forward, mix_tokens, normed
+from lfmq.converter.model.text import load_windows
+from lfmq.converter.plan.plan import resolve_plan
+from lfmq.converter.plan.recipe import load_recipe
+from lfmq.converter.run.convert import convert
 from lfmq.formats.registry import FORMATS
 from lfmq.tests.validation.documents import document, make_document  # noqa: F401 - fixtures
-from lfmq.validation.engine import EngineRequest, WindowRun
-from lfmq.validation.metrics import scored_positions
+from lfmq.validation.engines.protocol import EngineRequest, WindowRun
+from lfmq.validation.measure.predictions import scored_positions
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def sample_ids(sample_folder: Path) -> Callable[[int, int], NDArray[np.int64]]:
         text = sample_folder.parent / "evaluation.jsonl"
         tokens = windows * sequence
         return load_windows(
-            [text], checkpoint.assets, checkpoint.geometry, tokens=tokens, sequence=sequence
+            [text], checkpoint.assets, checkpoint.config, tokens=tokens, sequence=sequence
         ).ids
 
     return load
@@ -82,11 +82,11 @@ def expect() -> Expect:
 
     def run(path: Path, format: str, ids: NDArray[np.int64]) -> Expected:
         reader = FORMATS[format].open_reader(path)
-        model = Model(reader.geometry, reader.read)
+        model = Model(reader.config, reader.read)
         part = scored_positions(ids.shape[1])
         states = embed(model, ids)
         inputs, selected = {}, {}
-        for layer in range(reader.geometry.num_hidden_layers):
+        for layer in range(reader.config.num_hidden_layers):
             states = mix_tokens(model, layer, states)
             x = normed(model, f"model.layers.{layer}.ffn_norm.weight", states)
             states, routing = feed_forward(model, layer, states)
@@ -114,7 +114,7 @@ def convert_sample(
             (folder / "recipe.toml").write_text(recipe)
             recipe = str(folder / "recipe.toml")
         checkpoint, loaded = open_checkpoint(sample_folder), load_recipe(recipe)
-        plan = resolve_plan(checkpoint.geometry, loaded)
+        plan = resolve_plan(checkpoint.config, loaded)
         (build,) = convert(checkpoint, loaded, plan, {format: FORMATS[format]}, folder, threads=1)
         return build.path
 

@@ -13,9 +13,9 @@ import pytest
 from click.testing import CliRunner
 
 from lfmq.cli import main
-from lfmq.tests.validation import test_native_llama_cpp as gguf
-from lfmq.tests.validation import test_native_onnx as onnx
-from lfmq.validation import native
+from lfmq.tests.validation.engines import test_llama_cpp as gguf
+from lfmq.tests.validation.engines import test_onnx as onnx
+from lfmq.validation.engines import child_process as native
 
 LIMITS = """
 [limits]

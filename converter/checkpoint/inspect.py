@@ -1,0 +1,105 @@
+"""What a checkpoint is, and what is odd about it, without reading a weight."""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lfmq.converter.checkpoint.checkpoint import Checkpoint
+from lfmq.converter.model.tensors import expected_tensors
+from lfmq.formats.plan import Role
+
+
+@dataclass(frozen=True, slots=True)
+class RoleCount:
+    """How much of the checkpoint one role is."""
+
+    role: str
+    tensors: int
+    weights: int
+    nbytes: int
+    dtypes: str
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """The result of :func:`inspect_checkpoint`."""
+
+    name: str
+    title: str
+    config: dict[str, Any]
+    roles: tuple[RoleCount, ...]
+    odd: tuple[str, ...]
+
+    @property
+    def tensors(self) -> int:
+        """Number of tensors."""
+        return sum(r.tensors for r in self.roles)
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return sum(r.weights for r in self.roles)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(r.nbytes for r in self.roles)
+
+    def to_json(self) -> dict[str, Any]:
+        """For ``--json``."""
+        totals = {"tensors": self.tensors, "parameters": self.weights, "bytes": self.nbytes}
+        return {
+            "name": self.name,
+            "geometry": self.config,
+            **totals,
+            "roles": [asdict(r) for r in self.roles],
+            "odd": list(self.odd),
+        }
+
+
+def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
+    """Count the checkpoint's tensors by role and look for what a user should know."""
+    g = checkpoint.config
+    tensors = expected_tensors(g)
+    roles = []
+    for role in Role:
+        found = [checkpoint.stored[t.name] for t in tensors if t.role is role]
+        if found:
+            weights = sum(t.size for t in tensors if t.role is role)
+            dtypes = ", ".join(sorted({t.dtype for t in found}))
+            nbytes = sum(t.nbytes for t in found)
+            roles.append(RoleCount(role.value, len(found), weights, nbytes, dtypes))
+    title = (
+        f"{checkpoint.assets.name}: lfm2_moe, {g.num_hidden_layers} layers "
+        f"({len(g.conv_layers)} conv, {len(g.attention_layers)} attention), "
+        f"{g.num_experts} experts, {g.num_experts_per_tok} active"
+    )
+    return Inspection(
+        checkpoint.assets.name, title, asdict(g), tuple(roles), tuple(_odd(checkpoint))
+    )
+
+
+def _odd(checkpoint: Checkpoint) -> list[str]:
+    g, files = checkpoint.config, checkpoint.assets.files
+    odd = []
+    biases = [t.dtype for n, t in checkpoint.stored.items() if n.endswith("expert_bias")]
+    rounded = sorted({dtype for dtype in biases if dtype != "F32"})
+    if rounded:
+        odd.append(f"expert_bias is stored as {rounded[0]}, not F32: selection was rounded")
+    if not g.norm_topk_prob:
+        odd.append("norm_topk_prob is false: GGUF cannot hold it")
+    if g.routed_scaling_factor != 1:
+        odd.append(f"routed_scaling_factor is {g.routed_scaling_factor}: GGUF cannot hold it")
+    if checkpoint.vocabulary is None:
+        odd.append("no tokenizer.json: GGUF needs one, text cannot be tokenized")
+    elif checkpoint.vocabulary.size != g.vocab_size:
+        odd.append(
+            f"the tokenizer has {checkpoint.vocabulary.size:,} tokens, the config's vocab_size "
+            f"is {g.vocab_size:,}"
+        )
+    template = json.loads(files.get("tokenizer_config.json", b"{}")).get("chat_template")
+    if "chat_template.jinja" not in files and not template:
+        odd.append("no chat template: chats cannot be rendered")
+    if "generation_config.json" not in files:
+        odd.append("no generation_config.json: runtimes use their own sampling defaults")
+    return odd

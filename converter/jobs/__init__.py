@@ -1,0 +1,1 @@
+"""How long work runs: workers, batches, saved state, locks, memory."""

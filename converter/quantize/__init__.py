@@ -1,0 +1,1 @@
+"""The order of work: weight by weight, or layer by layer from calibration tokens."""

@@ -1,0 +1,381 @@
+"""Quantization from what calibration tokens show, layer by layer, each expert from its own tokens.
+
+Two streams of hidden states run through the layers: the reference's, and that of the quantized
+model so far. Every weight is quantized (``lfmq.quant.gptq``) for the inputs it will see, those of
+the quantized stream; one layer and two streams are in memory at a time. For W with inputs X:
+
+- An expert's moments are those of the tokens routed to it, weighted by the router's weight
+  (affinity, MoEQuant 2025). Below its quota of 2 K tokens (Olive's rule) they shrink toward the
+  layer's pooled moments in proportion to what is missing; without a token these stand in.
+- Before it is rounded, a weight of the shared layers takes a ridge-regression step toward what the
+  reference puts out from its own hidden states (the asymmetry of GPTAQ 2025, in closed form); what
+  writes to the residual stream also makes up for what the stream already lacks.
+- The router is float everywhere. It takes the same step toward the reference's logits, and keeps
+  it only if held-out tokens then agree more often with the reference's choice of experts.
+
+Results do not depend on the number of threads: work is cut into fixed batches and experts, torch
+runs single-threaded in each, and sums are taken in order.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from lfmq.converter.checkpoint.checkpoint import Checkpoint
+from lfmq.converter.jobs.batches import batches, steady_torch
+from lfmq.converter.jobs.memory import release_freed
+from lfmq.converter.jobs.statefile import StateFile
+from lfmq.converter.jobs.workers import Workers, open_workers
+from lfmq.converter.model.forward import (
+    Model,
+    embed,
+    feed_forward,
+    mix_tokens,
+    mixer_inner,
+    mixer_out,
+    normed,
+    route,
+)
+from lfmq.converter.quantize.experts import (
+    FinishedExpert,
+    LayerInputs,
+    check_moments,
+    gated,
+    quantize_expert,
+)
+from lfmq.converter.quantize.rtn import Write, not_finite, quantize_entry
+from lfmq.converter.quantize.settings import Calibration, RouterStep
+from lfmq.formats.plan import Entry, Plan
+from lfmq.quant import gptq
+from lfmq.quant.linalg import ridge_factor, second_moments, step_toward
+from lfmq.quant.types import (
+    Quantized,
+    Scheme,
+    Weight,
+    dequantize,
+)
+
+_EMBEDDING = "model.embed_tokens.weight"
+# Every eighth window is held out when a refitted router is judged.
+_HOLD_OUT = 8
+
+
+def calibrated_units(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    calibration: Calibration,
+    write: Write,
+    threads: int,
+    *,
+    device: str = "cpu",
+    cluster: str | None = None,
+    state: StateFile | None = None,
+    finished: frozenset[str] = frozenset(),
+) -> Iterator[tuple[Entry, ...]]:
+    """Quantize and write the plan's units in the order of the model, yielding each when done.
+
+    Args:
+        checkpoint: what is quantized.
+        plan: the storage of every tensor.
+        calibration: the tokens; takes up what is found.
+        write: gets each unit.
+        threads: batches and experts at a time.
+        device: where matrices are multiplied.
+        cluster: address of a Ray cluster that does the work.
+        state: where the hidden states are saved after each layer, and taken up from when every
+            unit before them is finished.
+        finished: the first tensors of units written by an earlier run.
+
+    Raises:
+        CheckpointError: a tensor cannot be read, or holds NaN or Inf.
+        ValidationError: a hidden state is not finite, or a token is outside the vocabulary.
+    """
+    with steady_torch(), open_workers(threads, cluster) as workers:
+        run = _Run(checkpoint, plan, calibration, write, workers, device)
+        yield from run.units(state, finished)
+
+
+class _Run:
+    """The streams and the finished weights of the layer at hand."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plan: Plan,
+        calibration: Calibration,
+        write: Write,
+        workers: Workers,
+        device: str,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._entries = {e.name: e for e in plan.entries}
+        self._units = {unit[0].name: unit for unit in plan.units()}
+        self._calibration = calibration
+        self._settings = calibration.settings
+        self._write = write
+        self._workers = workers
+        self._done: dict[str, NDArray[np.float32]] = {}
+        self._reference = Model(plan.config, checkpoint.read, device=device)
+        self._model = Model(plan.config, self._read, device=device)
+        ids = calibration.windows.ids
+        self._windows = ids.shape
+        self._parts = batches(*ids.shape)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For workers in other processes: all but what writes and what hands out work."""
+        return self.__dict__ | {"_workers": None, "_write": None}
+
+    def _read(self, name: str) -> NDArray[np.float32]:
+        found = self._done.get(name)
+        return self._checkpoint.read(name) if found is None else found
+
+    def units(
+        self, state: StateFile | None, finished: frozenset[str]
+    ) -> Iterator[tuple[Entry, ...]]:
+        """All units, those of an earlier run first."""
+        before = self._take_up(state, finished)
+        if before is None:
+            ids = self._calibration.windows.ids
+            yield from self._plain(_EMBEDDING)
+            self._states, self._wanted = embed(self._model, ids), embed(self._reference, ids)
+            first = 0
+        else:
+            first = before
+            yield from self._units_before(first)
+        for layer in range(first, self._model.config.num_hidden_layers):
+            self._done.clear()
+            prefix = f"model.layers.{layer}."
+            yield from self._mixer(layer, prefix)
+            if layer < self._model.config.num_dense_layers:
+                yield from self._dense(layer, prefix)
+            else:
+                yield from self._routed(layer, prefix)
+            if state is not None:
+                tensors = {"states": self._states.cpu(), "wanted": self._wanted.cpu()}
+                state.save(layer + 1, self._calibration.found(), tensors)
+        yield from self._plain("model.embedding_norm.weight")
+
+    def _units_before(self, layer: int) -> list[tuple[Entry, ...]]:
+        """Units that are written before a layer is begun."""
+        return [
+            unit
+            for name, unit in self._units.items()
+            if name == _EMBEDDING or (unit[0].layer is not None and unit[0].layer < layer)
+        ]
+
+    def _take_up(self, state: StateFile | None, finished: frozenset[str]) -> int | None:
+        """Begin at the layer of a saved state; None without one, or with units missing."""
+        found = state.load() if state else None
+        if found is None:
+            return None
+        layer, facts, tensors = found
+        if not all(unit[0].name in finished for unit in self._units_before(layer)):
+            return None
+        self._states, self._wanted = (
+            tensors[name].to(self._model.device) for name in ("states", "wanted")
+        )
+        self._calibration.take_up(facts)
+        return layer
+
+    # ---- finishing weights
+
+    def _plain(self, *names: str) -> Iterator[tuple[Entry, ...]]:
+        """Weights that calibration does not touch."""
+        for name in names:
+            weight = quantize_entry(self._checkpoint, self._entries[name])
+            yield self._finish({name: weight})
+
+    def _finish(self, weights: Mapping[str, Weight], *, keep: bool = True) -> tuple[Entry, ...]:
+        """Write a unit; keep its values for the layer's forward pass, unless that was done."""
+        self._write(weights)
+        for name, weight in weights.items() if keep else ():
+            values = dequantize(weight) if isinstance(weight, Quantized) else weight
+            self._done[name] = values
+        return self._units[next(iter(weights))]
+
+    def _quantize(self, name: str, w: NDArray[np.float32], moments: gptq.Moments) -> Weight:
+        entry = self._entries[name]
+        if not isinstance(entry.storage, Scheme):
+            return quantize_entry(self._checkpoint, entry)
+        try:
+            return gptq.quantize(
+                np.ascontiguousarray(w), moments, entry.storage, sweeps=self._settings.sweeps
+            )
+        except ValueError as error:
+            raise not_finite(self._checkpoint, name, "float16") from error
+
+    # ---- attention and convolution
+
+    def _mixer(self, layer: int, prefix: str) -> Iterator[tuple[Entry, ...]]:
+        first, floats = ["conv.in_proj"], ["conv.conv"]
+        if self._model.config.layer_types[layer] != "conv":
+            first = [f"self_attn.{p}_proj" for p in "qkv"]
+            floats = ["self_attn.q_layernorm", "self_attn.k_layernorm"]
+        norm, out = prefix + "operator_norm.weight", mixer_out(self._model.config, layer)
+        yield from self._plain(norm, *(f"{prefix}{n}.weight" for n in floats))
+        yield from self._readers([f"{prefix}{n}.weight" for n in first], norm)
+        self._wanted = self._map(lambda p: mix_tokens(self._reference, layer, self._wanted[p]))
+        inner = self._map(lambda p: mixer_inner(self._model, layer, self._states[p]))
+        yield from self._writer(out, lambda p: inner[p].flatten(0, 1))
+        w = self._model.weight(out)
+        self._states = self._map(lambda p: self._states[p] + F.linear(inner[p], w))
+
+    def _map(self, function: Callable[[slice], torch.Tensor]) -> torch.Tensor:
+        return torch.cat(list(self._workers.map(function, self._parts)))
+
+    # ---- weights every token reads
+
+    def _readers(self, names: list[str], norm: str) -> Iterator[tuple[Entry, ...]]:
+        """Weights that read a norm: they shall put out what the reference does from its own."""
+        weights = {n: self._reference.weight(n) for n in names}
+
+        def sums(part: slice) -> _Sums:
+            x = normed(self._model, norm, self._states[part])
+            drift = normed(self._reference, norm, self._wanted[part]).sub_(x)
+            return second_moments(x), drift.T @ x
+
+        moments, drift = self._add_up(sums, names[0])
+        missing = {name: w @ drift for name, w in weights.items()}
+        stepped = self._stepped(weights, moments, missing, self._settings.ridge)
+        yield from self._round(stepped, moments)
+
+    def _writer(
+        self, name: str, inputs: Callable[[slice], torch.Tensor]
+    ) -> Iterator[tuple[Entry, ...]]:
+        """A weight that writes to the residual stream, behind which the reference is already.
+
+        It also makes up for what the stream lacks so far.
+        """
+        w = self._reference.weight(name)
+
+        def sums(part: slice) -> _Sums:
+            x = inputs(part)
+            missing = (self._wanted[part] - self._states[part]).flatten(0, 1)
+            return second_moments(x), missing.sub_(F.linear(x, w)).T @ x
+
+        moments, missing = self._add_up(sums, name)
+        ridge = self._settings.residual_ridge
+        stepped = self._stepped({name: w}, moments, {name: missing}, ridge)
+        yield from self._round(stepped, moments)
+
+    def _add_up(self, sums: "Callable[[slice], _Sums]", name: str) -> "_Sums":
+        """Moments and what is missing, from all batches in order."""
+        found: _Sums | None = None
+        for part in self._workers.map(sums, self._parts):
+            found = part if found is None else (found[0].add_(part[0]), found[1].add_(part[1]))
+        assert found is not None
+        check_moments(found[0], f"the inputs of {name}")
+        return found
+
+    def _stepped(
+        self,
+        weights: Mapping[str, torch.Tensor],
+        moments: torch.Tensor,
+        missing: Mapping[str, torch.Tensor],
+        ridge: float | None,
+    ) -> dict[str, NDArray[np.float32]]:
+        """Weights that share their inputs, each with the step toward what is missing."""
+        factor = None if ridge is None else ridge_factor(moments, ridge)
+
+        def step(name: str) -> NDArray[np.float32]:
+            return step_toward(weights[name], factor, missing[name]).cpu().numpy()
+
+        return dict(zip(weights, self._workers.map(step, list(weights)), strict=True))
+
+    def _round(
+        self, stepped: Mapping[str, NDArray[np.float32]], moments: torch.Tensor
+    ) -> Iterator[tuple[Entry, ...]]:
+        """Quantize weights that share their inputs."""
+        ready = gptq.factorize(moments, self._settings.damping)
+
+        def finish(name: str) -> tuple[str, Weight]:
+            return name, self._quantize(name, stepped[name], ready)
+
+        for name, weight in self._workers.map(finish, list(stepped)):
+            yield self._finish({name: weight})
+
+    def _dense(self, layer: int, prefix: str) -> Iterator[tuple[Entry, ...]]:
+        norm = prefix + "ffn_norm.weight"
+        yield from self._plain(norm)
+        gate, up, down = (f"{prefix}feed_forward.{p}.weight" for p in ("w1", "w3", "w2"))
+        yield from self._readers([gate, up], norm)
+        self._wanted = self._map(
+            lambda p: feed_forward(self._reference, layer, self._wanted[p])[0]
+        )
+        w1, w3 = self._model.weight(gate), self._model.weight(up)
+
+        def inner(part: slice) -> torch.Tensor:
+            return gated(normed(self._model, norm, self._states[part]), w1, w3)
+
+        yield from self._writer(down, inner)
+        w2 = self._model.weight(down)
+
+        def add(part: slice) -> torch.Tensor:
+            states = self._states[part]
+            return states + F.linear(inner(part), w2).view_as(states)
+
+        self._states = self._map(add)
+
+    # ---- router and experts
+
+    def _routed(self, layer: int, prefix: str) -> Iterator[tuple[Entry, ...]]:
+        norm = prefix + "ffn_norm.weight"
+        yield from self._plain(norm)
+        x = self._map(lambda p: normed(self._model, norm, self._states[p]))
+        wanted = self._map(lambda p: normed(self._reference, norm, self._wanted[p]))
+        target = route(self._reference, layer, wanted)
+        if self._model.config.use_expert_bias:
+            yield from self._plain(f"{prefix}feed_forward.expert_bias")
+        yield self._finish({f"{prefix}feed_forward.gate.weight": self._router(layer, x, wanted)})
+        routing = route(self._model, layer, x)
+        pooled = second_moments(x).div_(len(x))
+        inputs = LayerInputs(layer, x, wanted, routing, target, pooled, self._settings)
+        y, y_wanted = torch.zeros_like(x), torch.zeros_like(x)
+        experts = range(self._model.config.num_experts)
+
+        def quantize(expert: int) -> FinishedExpert:
+            return quantize_expert(inputs, expert, self._checkpoint.read, self._quantize)
+
+        for found in self._workers.map(quantize, experts):
+            y.index_add_(0, found.token, found.y)
+            y_wanted.index_add_(0, found.token_wanted, found.y_wanted)
+            self._calibration.experts.append(found.coverage)
+            yield self._finish(found.weights, keep=False)
+            release_freed()
+        self._states = y.view_as(self._states).add_(self._states)
+        self._wanted = y_wanted.view_as(self._wanted).add_(self._wanted)
+
+    def _router(self, layer: int, x: torch.Tensor, wanted: torch.Tensor) -> NDArray[np.float32]:
+        """The router, refitted where held-out tokens say that it helps."""
+        name = f"model.layers.{layer}.feed_forward.gate.weight"
+        original = quantize_entry(self._checkpoint, self._entries[name])
+        assert not isinstance(original, Quantized)
+        ridge = self._settings.ridge
+        if not self._settings.refit_router or ridge is None or self._windows[0] < _HOLD_OUT:
+            return original
+        held = torch.arange(self._windows[0], device=x.device) % _HOLD_OUT == _HOLD_OUT - 1
+        held = held.repeat_interleave(self._windows[1])
+        w = torch.from_numpy(np.array(original)).to(x.device)
+        seen = x[~held]
+        missing = F.linear(wanted[~held] - seen, w).T @ seen
+        factor = ridge_factor(second_moments(seen), ridge)
+        refitted = step_toward(w, factor, missing).cpu().numpy()
+
+        def agreement(gate: NDArray[np.float32]) -> float:
+            model = replace(self._model, read=lambda n: gate if n == name else self._read(n))
+            sets = route(model, layer, x[held]).selected.sort(-1).values
+            expected = route(self._reference, layer, wanted[held]).selected.sort(-1).values
+            return float((sets == expected).all(-1).double().mean())
+
+        step = RouterStep(layer, agreement(original), agreement(refitted))
+        self._calibration.routers.append(step)
+        return refitted if step.kept else original
+
+
+# Second moments of inputs [K, K], and what is missing times inputs.
+_Sums = tuple[torch.Tensor, torch.Tensor]

@@ -1,0 +1,1 @@
+"""A conversion from checkpoint to builds, and its manifest."""

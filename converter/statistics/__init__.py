@@ -1,0 +1,1 @@
+"""What calibration text shows of every weight and expert, as a file."""

@@ -1,0 +1,160 @@
+"""The part of a GGUF file before the weights: key-value metadata, tokenizer and tensor table."""
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import (
+    GGUF_DEFAULT_ALIGNMENT,
+    GGMLQuantizationType,
+    GGUFWriter,
+    LlamaFileType,
+    SpecialVocab,
+    TokenType,
+)
+
+from lfmq.formats.build import Assets
+from lfmq.formats.plan import ModelConfig, Plan
+from lfmq.formats.versions import PROVEN
+from lfmq.quant.errors import UnsupportedError
+
+ARCHITECTURE = "lfm2moe"
+_SIGMOID = 2  # llama.cpp's LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID
+
+_FILE_TYPES = {
+    GGMLQuantizationType.F32: LlamaFileType.ALL_F32,
+    GGMLQuantizationType.F16: LlamaFileType.MOSTLY_F16,
+    GGMLQuantizationType.BF16: LlamaFileType.MOSTLY_BF16,
+    GGMLQuantizationType.Q4_0: LlamaFileType.MOSTLY_Q4_0,
+    GGMLQuantizationType.Q8_0: LlamaFileType.MOSTLY_Q8_0,
+    GGMLQuantizationType.Q4_K: LlamaFileType.MOSTLY_Q4_K_M,
+    GGMLQuantizationType.Q5_K: LlamaFileType.MOSTLY_Q5_K_M,
+    GGMLQuantizationType.Q6_K: LlamaFileType.MOSTLY_Q6_K,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorHeader:
+    """A row of the tensor table; ``type`` None means float32 zeros the loader insists on."""
+
+    name: str
+    byte_shape: tuple[int, ...]
+    nbytes: int
+    type: GGMLQuantizationType | None
+
+
+def header_bytes(
+    plan: Plan, assets: Assets, tensors: list[TensorHeader], main_type: GGMLQuantizationType
+) -> bytes:
+    """Everything of the file up to the first tensor's bytes, padded to the alignment."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "header.gguf"
+        writer = GGUFWriter(path, ARCHITECTURE)
+        _add_general(writer, plan, assets, main_type)
+        _add_config(writer, plan.config)
+        _add_tokenizer(writer, plan.config, assets)
+        for t in tensors:
+            kind = GGMLQuantizationType.F32 if t.type is None else t.type
+            writer.add_tensor_info(
+                t.name, t.byte_shape, np.dtype(np.uint8), t.nbytes, raw_dtype=kind
+            )
+        writer.write_header_to_file(path)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
+        header = path.read_bytes()
+    return header + bytes(-len(header) % GGUF_DEFAULT_ALIGNMENT)
+
+
+def _add_general(
+    writer: GGUFWriter, plan: Plan, assets: Assets, main_type: GGMLQuantizationType
+) -> None:
+    writer.add_type("model")
+    writer.add_name(assets.name)
+    writer.add_size_label(_size_label(plan))
+    writer.add_file_type(int(_FILE_TYPES[main_type]))
+    writer.add_quantization_version(2)
+    writer.add_string("lfmq.recipe", plan.recipe)
+    writer.add_array("lfmq.proven_with", PROVEN["gguf"])
+
+
+def _size_label(plan: Plan) -> str:
+    """``32x272M``-like label: experts times weights of one expert over all layers."""
+    g = plan.config
+    one = sum(e.size for e in plan.entries if e.expert == 0)
+    return f"{g.num_experts}x{max(1, round(one / 1e6))}M"
+
+
+def _add_config(writer: GGUFWriter, g: ModelConfig) -> None:
+    writer.add_block_count(g.num_hidden_layers)
+    writer.add_context_length(g.max_position_embeddings)
+    writer.add_embedding_length(g.hidden_size)
+    writer.add_feed_forward_length(g.intermediate_size)
+    writer.add_head_count(g.num_attention_heads)
+    # zero key-value heads tell the loader that a layer is a convolution
+    writer.add_head_count_kv(
+        [g.num_key_value_heads if t == "full_attention" else 0 for t in g.layer_types]
+    )
+    writer.add_layer_norm_rms_eps(g.norm_eps)
+    writer.add_rope_freq_base(g.rope_theta)
+    writer.add_expert_count(g.num_experts)
+    writer.add_expert_used_count(g.num_experts_per_tok)
+    writer.add_expert_feed_forward_length(g.moe_intermediate_size)
+    writer.add_leading_dense_block_count(g.num_dense_layers)
+    writer.add_uint32(f"{ARCHITECTURE}.expert_gating_func", _SIGMOID)
+    writer.add_shortconv_l_cache(g.conv_L_cache)
+    writer.add_vocab_size(g.vocab_size)
+
+
+def _add_tokenizer(writer: GGUFWriter, g: ModelConfig, assets: Assets) -> None:
+    tokens, types = tokenizer_vocabulary(assets, g.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("lfm2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    special = SpecialVocab(assets.folder, load_merges=True, n_vocab=g.vocab_size)
+    for kind in ("bos", "eos", "pad"):
+        token = getattr(g, f"{kind}_token_id")
+        if token is not None:  # the config decides: it is what the reference runs with
+            special.special_token_ids[kind] = token
+    if g.bos_token_id is not None:  # llama.cpp's lfm2 pre-tokenizer starts every text with bos
+        special.add_special_token["bos"] = True
+    special.add_to_gguf(writer, quiet=True)
+
+
+def tokenizer_vocabulary(assets: Assets, size: int) -> tuple[list[str], list[TokenType]]:
+    """Token strings and types for ids 0 to size - 1; ids without a token become ``[PAD<id>]``.
+
+    Raises:
+        UnsupportedError: no tokenizer, not byte-level BPE, or an id at or beyond ``size``.
+    """
+    content = assets.files.get("tokenizer.json")
+    if content is None:
+        raise UnsupportedError(
+            f"{assets.folder / 'tokenizer.json'}: not found; GGUF holds the tokenizer, copy it "
+            "into the checkpoint folder or leave gguf out of --to"
+        )
+    tokenizer: dict[str, Any] = json.loads(content)
+    if tokenizer.get("model", {}).get("type") != "BPE":
+        raise UnsupportedError(
+            f"{assets.folder / 'tokenizer.json'}: model type "
+            f"{tokenizer.get('model', {}).get('type')!r}; lfm2moe needs byte-level BPE"
+        )
+    names = [f"[PAD{i}]" for i in range(size)]
+    types = [TokenType.UNUSED] * size
+    found = [(token, i, TokenType.NORMAL) for token, i in tokenizer["model"]["vocab"].items()]
+    for added in tokenizer.get("added_tokens", ()):
+        text = added["content"]
+        control = added["special"] or (text.startswith("<|") and text.endswith("|>"))
+        found.append((text, added["id"], TokenType.CONTROL if control else TokenType.USER_DEFINED))
+    for token, i, kind in found:
+        if not 0 <= i < size:
+            raise UnsupportedError(
+                f"{assets.folder / 'tokenizer.json'}: token {token!r} has id {i}, the model's "
+                f"vocabulary has {size} rows; the tokenizer belongs to another checkpoint"
+            )
+        names[i], types[i] = token, kind
+    return names, types

@@ -1,0 +1,1 @@
+"""What several containers share with the checkpoint: config, safetensors, model card."""

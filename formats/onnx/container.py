@@ -1,0 +1,242 @@
+"""ONNX for ONNX Runtime, onnxruntime-genai and transformers.js: a folder with graph and data file.
+
+docs/onnx.md lists files, tensors and layouts.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from lfmq.formats.build import (
+    Assets,
+    BuildLayout,
+    FileLayout,
+    Segment,
+    WidthScope,
+    as_json,
+    text_file,
+)
+from lfmq.formats.huggingface.card import Runtime, model_card
+from lfmq.formats.onnx.graph import GraphBuilder
+from lfmq.formats.onnx.reader import DATA_FILE, MODEL_FILE
+from lfmq.formats.onnx.reader import open_reader as open_reader
+from lfmq.formats.onnx.tensors import DataTensor, float_dtype
+from lfmq.formats.plan import FLOAT_ROLES, Entry, Plan
+from lfmq.quant.errors import UnsupportedError
+
+NAME = "onnx"
+SUFFIX = "-onnx"
+WIDTHS: WidthScope = "expert"
+GRIDS = ("symmetric", "asymmetric")
+BITS = (4, 8)
+GROUPS = (32, 64, 128)
+# a page: what runtimes map at a time (onnx.proto, external_data); smaller tensors share pages
+_PAGE = 4096
+_SMALL = 64
+_RUNTIME = Runtime(
+    library="onnx",
+    needs="onnxruntime 1.31 or later, onnxruntime-genai 0.18 or later",
+    how_to_run="""\
+pip install onnxruntime-genai
+python -c "
+import onnxruntime_genai as og
+model = og.Model('FOLDER')
+tokenizer = og.Tokenizer(model)
+generator = og.Generator(model, og.GeneratorParams(model))
+generator.append_tokens(tokenizer.encode('...'))
+while not generator.is_done():
+    generator.generate_next_token()
+print(tokenizer.decode(generator.get_sequence(0)))
+"
+""",
+)
+_SEARCH_KEYS = ("temperature", "top_k", "top_p", "repetition_penalty")
+
+
+def check(plan: Plan, assets: Assets) -> None:
+    """Refuse what ONNX Runtime's operators cannot hold.
+
+    Raises:
+        UnsupportedError: the setting or tensor, and what can be done.
+    """
+    g = plan.config
+    if assets.config_json.get("conv_bias"):
+        raise UnsupportedError("config.json: conv_bias is true, the onnx graph has no such bias")
+    if g.attention_layers and g.head_dim % 16:
+        raise UnsupportedError(
+            f"config.json: head_dim is {g.head_dim}, onnx's GroupQueryAttention takes multiples "
+            "of 16; use gguf, mlx or compressed-tensors"
+        )
+    for entry in plan.entries:
+        _check_entry(entry)
+    _check_experts(plan)
+
+
+def _check_entry(entry: Entry) -> None:
+    scheme = entry.scheme
+    if scheme is None:
+        float_dtype(entry)
+        return
+    if entry.role in FLOAT_ROLES:
+        raise UnsupportedError(f"{entry.name}: {scheme} asked for, onnx keeps it as floats")
+    if scheme.grid not in GRIDS:
+        other = "gguf" if scheme.grid == "superblock" else "mlx"
+        raise UnsupportedError(
+            f"{entry.name}: onnx holds the symmetric and the asymmetric grid, the plan asks for "
+            f'{scheme.grid!r}; set grid = "asymmetric", or use {other}'
+        )
+    if scheme.bits not in BITS:
+        raise UnsupportedError(
+            f"{entry.name}: onnx holds codes of 4 or 8 bits, the plan asks for {scheme.bits}; "
+            "set one of these"
+        )
+    if scheme.group not in GROUPS or entry.shape[-1] % scheme.group:
+        raise UnsupportedError(
+            f"{entry.name}: groups of {scheme.group} in rows of {entry.shape[-1]}; onnx takes "
+            "groups of 32, 64 or 128 that divide the row"
+        )
+
+
+def _check_experts(plan: Plan) -> None:
+    """An expert's projections go through one operator and share their storage."""
+    first: dict[tuple[int | None, int], Entry] = {}
+    for entry in plan.entries:
+        if entry.expert is None:
+            continue
+        other = first.setdefault((entry.layer, entry.expert), entry)
+        if entry.storage != other.storage:
+            raise UnsupportedError(
+                f"{entry.name}: {entry.storage} beside {other.storage} of {other.name}; onnx's "
+                "QMoE has one width an expert: give its w1, w2 and w3 the same, or use gguf, mlx "
+                "or compressed-tensors"
+            )
+
+
+def layout(plan: Plan, assets: Assets) -> BuildLayout:
+    """Graph, data file, the two configs and the tokenizer's files."""
+    builder = GraphBuilder(plan)
+    builder.build()
+    offsets = _place(builder.tensors)
+
+    def external(tensor: DataTensor) -> TensorProto:
+        return _external(tensor, offsets[tensor.alias or tensor.name])
+
+    model = builder.model(external).SerializeToString(deterministic=True)
+    size = max(offsets[t.alias or t.name] + t.nbytes for t in builder.tensors)
+    constants = tuple(
+        (offsets[t.name], t.constant) for t in builder.tensors if t.constant is not None
+    )
+    segments = tuple(p for t in builder.tensors for p in _segments(t, offsets))
+    files = [
+        text_file(MODEL_FILE, model),
+        FileLayout(DATA_FILE, size, constants, segments),
+        text_file("genai_config.json", as_json(_genai_config(plan, assets))),
+        text_file("config.json", as_json(_config(assets))),
+    ]
+    files.append(
+        text_file("README.md", model_card(plan, assets, files, NAME, _RUNTIME, _stored_as))
+    )
+    taken = {file.path for file in files}
+    files += [text_file(n, c) for n, c in sorted(assets.files.items()) if n not in taken]
+    return BuildLayout(NAME, tuple(files))
+
+
+def _stored_as(entry: Entry) -> str:
+    """The entry's storage in the model card."""
+    return str(entry.storage)
+
+
+def _place(tensors: list[DataTensor]) -> dict[str, int]:
+    """The offset of each tensor that has bytes of its own."""
+    offsets: dict[str, int] = {}
+    end = 0
+    for tensor in tensors:
+        if tensor.alias is not None:
+            continue
+        alignment = _PAGE if tensor.nbytes >= _PAGE else _SMALL
+        offsets[tensor.name] = -(-end // alignment) * alignment
+        end = offsets[tensor.name] + tensor.nbytes
+    return offsets
+
+
+def _external(tensor: DataTensor, offset: int) -> TensorProto:
+    """The initializer that points into the data file."""
+    proto = TensorProto(
+        name=tensor.name,
+        data_type=helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype)),
+        dims=tensor.shape,
+        data_location=TensorProto.EXTERNAL,
+    )
+    place = {"location": DATA_FILE, "offset": str(offset), "length": str(tensor.nbytes)}
+    for key, value in place.items():
+        proto.external_data.append(onnx.StringStringEntryProto(key=key, value=value))
+    return proto
+
+
+def _segments(tensor: DataTensor, offsets: dict[str, int]) -> Iterator[Segment]:
+    for index, part in enumerate(tensor.parts):
+        nbytes = tensor.nbytes // len(tensor.parts)
+        offset = offsets[tensor.name] + index * nbytes
+        yield Segment(offset, nbytes, part.sources, part.pack, part.by_rows)
+
+
+def _config(assets: Assets) -> dict[str, Any]:
+    """The checkpoint's config; transformers.js must be told that there is one data file."""
+    external = {"use_external_data_format": {MODEL_FILE: 1}}
+    return assets.config_json | {"transformers.js_config": external}
+
+
+def _genai_config(plan: Plan, assets: Assets) -> dict[str, Any]:
+    """What onnxruntime-genai 0.18 needs to run the graph."""
+    g = plan.config
+    generation = json.loads(assets.files.get("generation_config.json", b"{}"))
+    eos = generation.get("eos_token_id", g.eos_token_id)
+    tokens = {"bos_token_id": g.bos_token_id, "eos_token_id": eos, "pad_token_id": g.pad_token_id}
+    if g.pad_token_id is None:
+        tokens["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
+    model = {
+        "type": "lfm2_moe",
+        "vocab_size": g.vocab_size,
+        "context_length": g.max_position_embeddings,
+        **{key: value for key, value in tokens.items() if value is not None},
+        "decoder": _genai_decoder(plan),
+    }
+    search = {
+        "max_length": g.max_position_embeddings,
+        "past_present_share_buffer": False,
+        "do_sample": bool(generation.get("do_sample", False)),
+        **{key: generation[key] for key in _SEARCH_KEYS if key in generation},
+    }
+    return {"model": model, "search": search}
+
+
+def _genai_decoder(plan: Plan) -> dict[str, Any]:
+    g = plan.config
+    return {
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        "filename": MODEL_FILE,
+        "head_size": g.head_dim,
+        "hidden_size": g.hidden_size,
+        "num_attention_heads": g.num_attention_heads,
+        "num_key_value_heads": g.num_key_value_heads,
+        "num_hidden_layers": g.num_hidden_layers,
+        "layer_types": list(g.layer_types),
+        "conv_cache_size": g.conv_L_cache,
+        "inputs": {
+            "input_ids": "input_ids",
+            "attention_mask": "attention_mask",
+            "past_key_names": "past_key_values.%d.key",
+            "past_value_names": "past_key_values.%d.value",
+            "past_conv_names": "past_conv.%d",
+        },
+        "outputs": {
+            "logits": "logits",
+            "present_key_names": "present.%d.key",
+            "present_value_names": "present.%d.value",
+            "present_conv_names": "present_conv.%d",
+        },
+    }

@@ -1,0 +1,1 @@
+"""The affine grids: a scale and an offset for each group."""

@@ -1,0 +1,1 @@
+"""ggml's K-quants: superblocks whose scales are quantized themselves."""

@@ -1,0 +1,54 @@
+"""The GPU body of K-quants against the compiled kernels."""
+
+import numpy as np
+import pytest
+
+from lfmq.quant import gptq
+from lfmq.quant.kquant.torch_body import quantize_rows
+from lfmq.quant.types import Scheme, dequantize
+
+SCHEMES = [Scheme(b, g, "superblock") for b, g in ((4, 32), (5, 32), (6, 16))]
+
+
+@pytest.fixture(scope="module")
+def problem_size() -> tuple[int, int]:
+    return 512, 3000
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("sweeps", [0, 3])
+def test_the_loss_of_the_compiled_kernels(problem, scheme, sweeps, loss_of):
+    """d and dmin start from the largest scales without a second fit: other codes, as good."""
+    w, h = problem
+    moments = gptq.factorize(h)
+    ours = gptq.quantize(w, moments, scheme, sweeps=sweeps)
+    other = quantize_rows(w, moments.damped, moments.factor, scheme, sweeps)
+    assert [a.dtype for a in other.arrays()] == [a.dtype for a in ours.arrays()]
+    assert [a.shape for a in other.arrays()] == [a.shape for a in ours.arrays()]
+    assert loss_of(other, w, moments.damped) == pytest.approx(
+        loss_of(ours, w, moments.damped), rel=0.03
+    )
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_zeros_and_values_no_grid_can_hold(problem, scheme):
+    w, h = problem
+    moments = gptq.factorize(h)
+    zeros = quantize_rows(np.zeros_like(w), moments.damped, moments.factor, scheme, 3)
+    assert not dequantize(zeros).any()
+    for value in (np.nan, np.inf, 1e6):
+        bad = w.copy()
+        bad[5, 100] = value
+        with pytest.raises(ValueError, match="beyond float16"):
+            quantize_rows(bad, moments.damped, moments.factor, scheme, 3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_a_gpu_gives_the_same_loss(problem, scheme, loss_of):
+    w, h = problem
+    on_cpu, on_gpu = gptq.factorize(h), gptq.factorize(h.cuda())
+    ours, other = gptq.quantize(w, on_cpu, scheme), gptq.quantize(w, on_gpu, scheme)
+    assert loss_of(other, w, on_cpu.damped) == pytest.approx(
+        loss_of(ours, w, on_cpu.damped), rel=0.03
+    )

@@ -1,0 +1,1 @@
+"""What is measured: predictions, routing and their summaries, as typed values."""

@@ -1,0 +1,188 @@
+"""Two builds of one checkpoint against each other, on the same tokens."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lfmq.converter.checkpoint.checkpoint import Checkpoint
+from lfmq.converter.model.forward import Model
+from lfmq.converter.model.text import Windows
+from lfmq.validation.measure.builds import Engine, EngineBuild, open_builds
+from lfmq.validation.measure.report import Conditions, without_nan
+from lfmq.validation.measure.runs import Comparison, Progress, run_reference
+from lfmq.validation.measure.significance import Interval, bootstrap, mcnemar
+from lfmq.validation.measure.validate import conditions_of
+
+Better = Literal["a", "b"]
+_Values = NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One figure of two builds.
+
+    Attributes:
+        figure: its place in the JSON of ``lfmq validate``.
+        a: of the first build.
+        b: of the second build.
+        difference: b less a.
+        interval: of the difference, from a bootstrap over windows of both at once.
+        less_is_better: which way is nearer to the reference.
+    """
+
+    figure: str
+    a: float
+    b: float
+    difference: float
+    interval: Interval
+    less_is_better: bool
+
+    @property
+    def equal(self) -> bool:
+        """Equal in every window."""
+        return self.interval.low == self.interval.high == 0.0 == self.difference
+
+    @property
+    def better(self) -> Better | None:
+        """The build the interval shows to be better; None when it holds zero, or is unknown."""
+        if not self.interval.excludes(0.0):
+            return None
+        return "b" if (self.difference < 0) == self.less_is_better else "a"
+
+    def to_json(self) -> dict[str, Any]:
+        """The object of ``figures``."""
+        low, high = self.interval.low, self.interval.high
+        return {
+            "figure": self.figure,
+            "a": self.a,
+            "b": self.b,
+            "difference": self.difference,
+            "stderr": self.interval.stderr,
+            "ci95": None if np.isnan(low) else [low, high],
+            "better": self.better,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class TopTokens:
+    """Positions where one build alone has the reference's most likely token.
+
+    Attributes:
+        only_a: positions.
+        only_b: positions.
+        p: of McNemar's exact test that both are as likely.
+    """
+
+    only_a: int
+    only_b: int
+    p: float
+
+
+@dataclass(frozen=True, slots=True)
+class PairedReport:
+    """The result of :func:`compare`."""
+
+    checkpoint: str
+    conditions: Conditions
+    tokens_scored: int
+    a: EngineBuild
+    b: EngineBuild
+    figures: tuple[Difference, ...]
+    top1: TopTokens
+
+    def to_json(self) -> dict[str, Any]:
+        """For ``lfmq compare --json``."""
+        document = {
+            "checkpoint": self.checkpoint,
+            "tokens_scored": self.tokens_scored,
+            "conditions": asdict(self.conditions),
+            "a": self.a.to_json(),
+            "b": self.b.to_json(),
+            "figures": [figure.to_json() for figure in self.figures],
+            "top1": asdict(self.top1),
+        }
+        return {key: without_nan(value) for key, value in document.items()}
+
+
+def compare(
+    checkpoint: Checkpoint,
+    first: Path,
+    second: Path,
+    windows: Windows,
+    *,
+    engine: Engine = "read",
+    threads: int = 2,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> PairedReport:
+    """Run two builds on the same tokens; what differs, and whether that is more than chance.
+
+    Args:
+        checkpoint: the reference of both.
+        first: build a.
+        second: build b.
+        windows: the tokens.
+        engine: what runs both.
+        threads: of a native runtime.
+        device: where the reference forward multiplies matrices.
+        progress: called with what was done and how much there is, layers and windows.
+
+    Raises:
+        ValidationError: a build cannot be read or is of another model, or a runtime fails.
+    """
+    builds = open_builds((first, second), (engine,), checkpoint)
+    layers = checkpoint.config.num_hidden_layers
+    each = len(windows.ids) if engine == "native" else layers
+
+    def advance(step: int, _: int) -> None:
+        if progress is not None:
+            progress(step, layers + 2 * each)
+
+    model = Model(checkpoint.config, checkpoint.read, device=device)
+    reference = run_reference(model, windows, progress=advance)
+    a, b = (
+        build.run(reference, threads=threads, device=device, progress=advance) for build in builds
+    )
+    only_a = int((a.scores.same_top & ~b.scores.same_top).sum())
+    only_b = int((b.scores.same_top & ~a.scores.same_top).sum())
+    return PairedReport(
+        checkpoint=checkpoint.assets.name,
+        conditions=conditions_of(windows, threads, device),
+        tokens_scored=int(a.scores.kld.size),
+        a=builds[0],
+        b=builds[1],
+        figures=differences(a, b),
+        top1=TopTokens(only_a, only_b, mcnemar(only_a, only_b)),
+    )
+
+
+def differences(a: Comparison, b: Comparison) -> tuple[Difference, ...]:
+    """Every figure of two runs beside the same reference."""
+    return (
+        _difference("kld.mean", a.scores.kld, b.scores.kld, less_is_better=True),
+        _difference("perplexity", a.scores.nll, b.scores.nll, less_is_better=True, of=np.exp),
+        _difference("top1_agreement", a.scores.same_top, b.scores.same_top, less_is_better=False),
+        _difference("routing.exact_set", a.same_sets, b.same_sets, less_is_better=False),
+    )
+
+
+def _same(values: _Values) -> _Values:
+    return values
+
+
+def _difference(
+    figure: str,
+    a: _Values,
+    b: _Values,
+    *,
+    less_is_better: bool,
+    of: Callable[[_Values], _Values] = _same,
+) -> Difference:
+    """The difference of ``of`` the means of [W, P] values."""
+    means = [float(of(np.asarray(v, np.float64).mean())) for v in (a, b)]
+    interval = bootstrap(a, b, transform=lambda p, q: of(q) - of(p))
+    return Difference(figure, means[0], means[1], means[1] - means[0], interval, less_is_better)

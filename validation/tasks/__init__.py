@@ -1,0 +1,1 @@
+"""Builds asked to do chat tasks."""
