@@ -11,6 +11,7 @@ from typing import Literal
 from lfmq.quant.types import Scheme, Storage
 
 LayerType = Literal["conv", "full_attention"]
+ModelType = Literal["lfm2", "lfm2_moe"]
 
 
 class Role(StrEnum):
@@ -36,7 +37,11 @@ FLOAT_ROLES = (Role.ROUTER, Role.EXPERT_BIAS, Role.CONV_KERNEL, Role.NORM)
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """The facts of one ``lfm2_moe`` model; the names are those of its ``config.json``."""
+    """The facts of one LFM2 model; the names are those of its ``config.json``.
+
+    A dense model (``lfm2``) has ``num_experts`` 0 and only dense layers; its ``intermediate_size``
+    is the width its feed-forward really has, after the config's adjustment.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -60,6 +65,7 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_id: int | None = None
     pad_token_id: int | None = None
+    model_type: ModelType = "lfm2_moe"
 
     @property
     def moe_layers(self) -> tuple[int, ...]:

@@ -191,7 +191,7 @@ def test_no_such_folder(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "lfm2"}, "model_type is 'lfm2', expected 'lfm2_moe'"),
+        ({"model_type": "llama"}, "model_type is 'llama', expected 'lfm2_moe'"),
         ({"hidden_size": "128"}, "hidden_size is '128'"),
         ({"hidden_size": -128}, "hidden_size is -128"),
         ({"num_experts": 2**40}, "num_experts is"),

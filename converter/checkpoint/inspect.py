@@ -70,9 +70,11 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
             nbytes = sum(t.nbytes for t in found)
             roles.append(RoleCount(role.value, len(found), weights, nbytes, dtypes))
     title = (
-        f"{checkpoint.assets.name}: lfm2_moe, {g.num_hidden_layers} layers "
+        f"{checkpoint.assets.name}: {g.model_type}, {g.num_hidden_layers} layers "
         f"({len(g.conv_layers)} conv, {len(g.attention_layers)} attention), "
-        f"{g.num_experts} experts, {g.num_experts_per_tok} active"
+    )
+    title += (
+        f"{g.num_experts} experts, {g.num_experts_per_tok} active" if g.moe_layers else "dense"
     )
     return Inspection(
         checkpoint.assets.name, title, asdict(g), tuple(roles), tuple(_odd(checkpoint))

@@ -1,4 +1,4 @@
-"""The tensors of an ``lfm2_moe`` checkpoint: names, shapes and roles, from its config."""
+"""The tensors of an LFM2 checkpoint: names, shapes and roles, from its config."""
 
 import math
 from collections.abc import Iterator

@@ -173,7 +173,9 @@ def _mixed(a: Sensitivity, b: Sensitivity, share: float) -> Sensitivity:
 
 def identity_of(config: ModelConfig) -> str:
     """sha256 of the model's facts and the names of its tensors."""
-    facts = {"geometry": asdict(config), "tensors": [t.name for t in expected_tensors(config)]}
+    # the names of the tensors tell model types apart
+    known = {key: value for key, value in asdict(config).items() if key != "model_type"}
+    facts = {"geometry": known, "tensors": [t.name for t in expected_tensors(config)]}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

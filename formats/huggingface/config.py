@@ -9,11 +9,7 @@ from lfmq.quant.errors import CheckpointError
 
 _POSITIVE = (
     "hidden_size",
-    "intermediate_size",
-    "moe_intermediate_size",
     "num_hidden_layers",
-    "num_experts",
-    "num_experts_per_tok",
     "num_attention_heads",
     "num_key_value_heads",
     "vocab_size",
@@ -43,10 +39,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: expected a JSON object")
-    if config.get("model_type") != "lfm2_moe":
+    if config.get("model_type") not in _FEED_FORWARD:
         raise CheckpointError(
-            f"{path}: model_type is {config.get('model_type')!r}, expected 'lfm2_moe'; "
-            "only LFM2 mixture-of-experts checkpoints are supported"
+            f"{path}: model_type is {_short(config.get('model_type'))}, expected 'lfm2_moe' or "
+            "'lfm2'; only LFM2 and LFM2.5 text models are supported"
         )
     return config
 
@@ -57,23 +53,18 @@ def parse_config(raw: dict[str, Any], source: Path) -> ModelConfig:
     Raises:
         CheckpointError: a key is missing, of the wrong type, or contradicts another.
     """
-    number = {key: _integer(raw, key, source, least=1) for key in _POSITIVE}
-    dense = _integer(raw, "num_dense_layers", source, least=0)
+    number: dict[str, Any] = {key: _integer(raw, key, source, least=1) for key in _POSITIVE}
     types = _layer_types(raw, number["num_hidden_layers"], source)
     derived = number["hidden_size"] // number["num_attention_heads"]
     given = raw if raw.get("head_dim") is not None else {"head_dim": derived}
     config = ModelConfig(
         **number,
-        num_dense_layers=dense,
+        **_FEED_FORWARD[raw["model_type"]](raw, source),
+        model_type=raw["model_type"],
         head_dim=_integer(given, "head_dim", source, least=1),
         norm_eps=_real(raw.get("norm_eps"), "norm_eps", source),
         rope_theta=_rope_theta(raw, source),
         layer_types=types,
-        norm_topk_prob=_flag(raw, "norm_topk_prob", source),
-        use_expert_bias=_flag(raw, "use_expert_bias", source),
-        routed_scaling_factor=_real(
-            raw.get("routed_scaling_factor", 1.0), "routed_scaling_factor", source
-        ),
         bos_token_id=_token(raw, "bos_token_id", source),
         eos_token_id=_token(raw, "eos_token_id", source),
         pad_token_id=_token(raw, "pad_token_id", source),
@@ -82,10 +73,58 @@ def parse_config(raw: dict[str, Any], source: Path) -> ModelConfig:
     return config
 
 
+def _routed_facts(raw: dict[str, Any], source: Path) -> dict[str, Any]:
+    """The feed-forward part of ``lfm2_moe``: dense layers first, then a router and experts."""
+    widths = ("intermediate_size", "moe_intermediate_size", "num_experts", "num_experts_per_tok")
+    factor = raw.get("routed_scaling_factor", 1.0)
+    return {key: _integer(raw, key, source, least=1) for key in widths} | {
+        "num_dense_layers": _integer(raw, "num_dense_layers", source, least=0),
+        "norm_topk_prob": _flag(raw, "norm_topk_prob", source),
+        "use_expert_bias": _flag(raw, "use_expert_bias", source),
+        "routed_scaling_factor": _real(factor, "routed_scaling_factor", source),
+    }
+
+
+def _dense_facts(raw: dict[str, Any], source: Path) -> dict[str, Any]:
+    """The feed-forward part of ``lfm2``: every layer dense, of the adjusted width.
+
+    The rule is that of transformers' ``Lfm2MLP`` (models/lfm2/modeling_lfm2.py, 5.23):
+    ``block_ff_dim`` wins over ``intermediate_size``; with ``block_auto_adjust_ff_dim`` two thirds
+    of it, times ``block_ffn_dim_multiplier``, rounded up to ``block_multiple_of``.
+    """
+    width = _integer(
+        raw, "block_ff_dim" if "block_ff_dim" in raw else "intermediate_size", source, least=1
+    )
+    if _flag(raw, "block_auto_adjust_ff_dim", source):
+        width = int(2 * width / 3)
+        multiplier = raw.get("block_ffn_dim_multiplier", 1.0)
+        if multiplier is not None:
+            width = int(_real(multiplier, "block_ffn_dim_multiplier", source) * width)
+            step = _integer({"block_multiple_of": 256} | raw, "block_multiple_of", source, least=1)
+            width = step * -(-width // step)
+    if not 1 <= width <= _LARGEST:
+        raise CheckpointError(
+            f"{source}: the feed-forward width that block_ff_dim and its multiplier give is "
+            f"{width}, expected 1 to {_LARGEST}"
+        )
+    return {
+        "intermediate_size": width,
+        "moe_intermediate_size": 0,
+        "num_experts": 0,
+        "num_experts_per_tok": 0,
+        "num_dense_layers": _integer(raw, "num_hidden_layers", source, least=1),
+        "use_expert_bias": False,
+    }
+
+
+# By model type: the facts of the feed-forward half of a layer.
+_FEED_FORWARD = {"lfm2_moe": _routed_facts, "lfm2": _dense_facts}
+
+
 def _check_consistent(config: dict[str, Any], g: ModelConfig, source: Path) -> None:
     tied = config.get("tie_word_embeddings", config.get("tie_embedding", True))
     problems = (
-        (not tied, "tie_word_embeddings is false, lfm2_moe checkpoints tie the head"),
+        (not tied, "tie_word_embeddings is false, LFM2 checkpoints tie the head"),
         (bool(config.get("conv_bias")), "conv_bias is true, which is not supported"),
         (
             g.num_experts_per_tok > g.num_experts,
