@@ -6,7 +6,7 @@ Frozen values that travel from the checkpoint to the writers; a stage makes new 
 import math
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal
+from typing import Any, Literal
 
 from lfmq.quant.types import Scheme, Storage
 
@@ -81,6 +81,17 @@ class ModelConfig:
     def conv_layers(self) -> tuple[int, ...]:
         """Indices of the layers that mix tokens by a gated short convolution."""
         return tuple(i for i, t in enumerate(self.layer_types) if t == "conv")
+
+
+def without_experts(layers: int) -> dict[str, Any]:
+    """The facts of a :class:`ModelConfig` whose layers are all dense."""
+    return {
+        "num_dense_layers": layers,
+        "moe_intermediate_size": 0,
+        "num_experts": 0,
+        "num_experts_per_tok": 0,
+        "use_expert_bias": False,
+    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
-"""GGUF for llama.cpp, architecture ``lfm2moe``.
+"""GGUF for llama.cpp.
 
-Names and metadata are what llama.cpp's loader for ``lfm2moe`` requires, blocks of weights those of
+Names and metadata are what llama.cpp's loader for the model requires, blocks of weights those of
 ``lfmq.formats.gguf.blocks``; docs/gguf.md lists both.
 """
 
@@ -11,7 +11,7 @@ from functools import partial
 
 import ml_dtypes
 import numpy as np
-from gguf import MODEL_ARCH, GGMLQuantizationType, get_tensor_name_map
+from gguf import GGMLQuantizationType
 from gguf.quants import quant_shape_to_byte_shape
 from numpy.typing import NDArray
 
@@ -26,7 +26,7 @@ from lfmq.formats.build import (
 )
 from lfmq.formats.gguf.blocks import BLOCK, PACKERS, QUANT_TYPES
 from lfmq.formats.gguf.metadata import TensorHeader, header_bytes, tokenizer_vocabulary
-from lfmq.formats.gguf.names import split_expert, tensor_name
+from lfmq.formats.gguf.names import name_map, split_expert, tensor_name
 from lfmq.formats.gguf.reader import open_reader as open_reader
 from lfmq.formats.plan import Entry, Plan, Role
 from lfmq.quant.errors import UnsupportedError
@@ -69,7 +69,7 @@ class _Stack:
 
 
 def check(plan: Plan, assets: Assets) -> None:
-    """Refuse what llama.cpp's ``lfm2moe`` cannot express.
+    """Refuse what llama.cpp's loader cannot express.
 
     Raises:
         UnsupportedError: the setting or tensor, and which formats can hold it.
@@ -134,7 +134,7 @@ def _check_superblocks(entry: Entry, scheme: Scheme) -> None:
 
 def _stacks(plan: Plan) -> Iterator[_Stack]:
     """The file's tensors in plan order; an expert stack stands where its first expert does."""
-    names = get_tensor_name_map(MODEL_ARCH.LFM2MOE, plan.config.num_hidden_layers)
+    names = name_map(plan.config)
     grouped: dict[str, list[Entry]] = {}
     for entry in plan.entries:
         grouped.setdefault(split_expert(entry.name)[0], []).append(entry)

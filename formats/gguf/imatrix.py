@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import MODEL_ARCH, GGUFReader, GGUFWriter, TensorNameMap, get_tensor_name_map
+from gguf import GGUFReader, GGUFWriter, TensorNameMap, get_tensor_name_map
 from numpy.typing import NDArray
 
-from lfmq.formats.gguf.names import split_expert, tensor_name
+from lfmq.formats.gguf.names import ARCHITECTURES, split_expert, tensor_name
 from lfmq.quant.errors import PlanError, ValidationError
 from lfmq.quant.types import InputStats
 
 MAGIC = b"GGUF"
+_TABLE = ARCHITECTURES["lfm2_moe"].tensors  # has the names of models without experts too
 _TYPE, _DATASETS = "general.type", "imatrix.datasets"
 _CHUNKS, _CHUNK_SIZE = "imatrix.chunk_count", "imatrix.chunk_size"
 
@@ -56,7 +57,7 @@ def write_imatrix(path: Path, imatrix: Imatrix, layers: int) -> None:
     Raises:
         PlanError: it cannot be written.
     """
-    names = get_tensor_name_map(MODEL_ARCH.LFM2MOE, layers)
+    names = get_tensor_name_map(_TABLE, layers)
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,7 +120,7 @@ def read_imatrix(
     for key in (_DATASETS, _CHUNKS, _CHUNK_SIZE):
         if fields[key] is None:
             raise ValidationError(f"{path}: metadata key {key!r} is missing")
-    names = get_tensor_name_map(MODEL_ARCH.LFM2MOE, layers)
+    names = get_tensor_name_map(_TABLE, layers)
     experts: dict[str, int] = {}
     for name in columns:
         key, expert = split_expert(name)

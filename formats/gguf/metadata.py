@@ -17,11 +17,11 @@ from gguf import (
 )
 
 from lfmq.formats.build import Assets
+from lfmq.formats.gguf.names import ARCHITECTURES
 from lfmq.formats.plan import ModelConfig, Plan
 from lfmq.formats.versions import PROVEN
 from lfmq.quant.errors import UnsupportedError
 
-ARCHITECTURE = "lfm2moe"
 _SIGMOID = 2  # llama.cpp's LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID
 
 _FILE_TYPES = {
@@ -52,9 +52,13 @@ def header_bytes(
     """Everything of the file up to the first tensor's bytes, padded to the alignment."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "header.gguf"
-        writer = GGUFWriter(path, ARCHITECTURE)
+        writer = GGUFWriter(path, ARCHITECTURES[plan.config.model_type].name)
         _add_general(writer, plan, assets, main_type)
         _add_config(writer, plan.config)
+        if plan.config.moe_layers:
+            _add_experts(writer, plan.config)
+        writer.add_shortconv_l_cache(plan.config.conv_L_cache)
+        writer.add_vocab_size(plan.config.vocab_size)
         _add_tokenizer(writer, plan.config, assets)
         for t in tensors:
             kind = GGMLQuantizationType.F32 if t.type is None else t.type
@@ -82,10 +86,11 @@ def _add_general(
 
 
 def _size_label(plan: Plan) -> str:
-    """``32x272M``-like label: experts times weights of one expert over all layers."""
-    g = plan.config
-    one = sum(e.size for e in plan.entries if e.expert == 0)
-    return f"{g.num_experts}x{max(1, round(one / 1e6))}M"
+    """``32x272M``: experts times weights of one expert over all layers; without experts ``7M``."""
+    count = plan.config.num_experts
+    one = sum(e.size for e in plan.entries if e.expert == 0 or not count)
+    label = f"{max(1, round(one / 1e6))}M"
+    return f"{count}x{label}" if count else label
 
 
 def _add_config(writer: GGUFWriter, g: ModelConfig) -> None:
@@ -100,13 +105,14 @@ def _add_config(writer: GGUFWriter, g: ModelConfig) -> None:
     )
     writer.add_layer_norm_rms_eps(g.norm_eps)
     writer.add_rope_freq_base(g.rope_theta)
+
+
+def _add_experts(writer: GGUFWriter, g: ModelConfig) -> None:
     writer.add_expert_count(g.num_experts)
     writer.add_expert_used_count(g.num_experts_per_tok)
     writer.add_expert_feed_forward_length(g.moe_intermediate_size)
     writer.add_leading_dense_block_count(g.num_dense_layers)
-    writer.add_uint32(f"{ARCHITECTURE}.expert_gating_func", _SIGMOID)
-    writer.add_shortconv_l_cache(g.conv_L_cache)
-    writer.add_vocab_size(g.vocab_size)
+    writer.add_uint32(f"{ARCHITECTURES[g.model_type].name}.expert_gating_func", _SIGMOID)
 
 
 def _add_tokenizer(writer: GGUFWriter, g: ModelConfig, assets: Assets) -> None:
@@ -141,7 +147,7 @@ def tokenizer_vocabulary(assets: Assets, size: int) -> tuple[list[str], list[Tok
     if tokenizer.get("model", {}).get("type") != "BPE":
         raise UnsupportedError(
             f"{assets.folder / 'tokenizer.json'}: model type "
-            f"{tokenizer.get('model', {}).get('type')!r}; lfm2moe needs byte-level BPE"
+            f"{tokenizer.get('model', {}).get('type')!r}; LFM2 models have byte-level BPE"
         )
     names = [f"[PAD{i}]" for i in range(size)]
     types = [TokenType.UNUSED] * size

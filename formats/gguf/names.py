@@ -1,10 +1,36 @@
-"""Tensor names: from the checkpoint's to GGUF's, through gguf-py's own table for lfm2moe."""
+"""Names of llama.cpp: architectures by model type, tensors through gguf-py's own tables."""
 
 import re
+from dataclasses import dataclass
 
-from gguf import TensorNameMap
+from gguf import MODEL_ARCH, TensorNameMap, get_tensor_name_map
+
+from lfmq.formats.plan import ModelConfig, ModelType
 
 _EXPERT = re.compile(r"^model\.(.*\.experts)\.(\d+)\.(.*)$")
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """What llama.cpp calls a model type.
+
+    Attributes:
+        name: ``general.architecture``, and the prefix of the model's keys.
+        tensors: gguf-py's key for the table of its tensor names.
+    """
+
+    name: str
+    tensors: MODEL_ARCH
+
+
+ARCHITECTURES: dict[ModelType, Architecture] = {
+    "lfm2_moe": Architecture("lfm2moe", MODEL_ARCH.LFM2MOE),
+}
+
+
+def name_map(config: ModelConfig) -> TensorNameMap:
+    """gguf-py's table of the model's tensor names."""
+    return get_tensor_name_map(ARCHITECTURES[config.model_type].tensors, config.num_hidden_layers)
 
 
 def split_expert(name: str) -> tuple[str, int | None]:
@@ -21,5 +47,5 @@ def tensor_name(key: str, names: TensorNameMap) -> str:
         key += ".bias"
     name: str | None = names.get_name(key, try_suffixes=(".weight", ".bias"))
     if name is None:
-        raise ValueError(f"gguf-py has no lfm2moe tensor for {key}")
+        raise ValueError(f"gguf-py's table for the model has no tensor for {key}")
     return name

@@ -1,18 +1,18 @@
 """Reads a GGUF build back under checkpoint names, through gguf-py's reader and dequantizers."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import MODEL_ARCH, GGUFReader, get_tensor_name_map
+from gguf import GGUFReader
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
-from lfmq.formats.gguf.names import split_expert, tensor_name
-from lfmq.formats.plan import ModelConfig
+from lfmq.formats.gguf.names import ARCHITECTURES, name_map, split_expert, tensor_name
+from lfmq.formats.plan import ModelConfig, ModelType, without_experts
 from lfmq.quant.errors import ValidationError
 
-_ARCHITECTURE = "lfm2moe"
 # llama.cpp's own value when the key is missing: the reader must see what the runtime will do
 _DEFAULT_ROPE_THETA = 10_000.0
 
@@ -28,7 +28,7 @@ class GgufReader:
         self._path = path
         self._tensors = {t.name: t for t in self._file.tensors}
         self.config = self._read_config()
-        self._names = get_tensor_name_map(MODEL_ARCH.LFM2MOE, self.config.num_hidden_layers)
+        self._names = name_map(self.config)
 
     def _value(self, key: str, default: Any = None) -> Any:
         field = self._file.get_field(key)
@@ -39,19 +39,20 @@ class GgufReader:
         return default
 
     def _read_config(self) -> ModelConfig:
+        model_type = self._model_type()
+        prefix = ARCHITECTURES[model_type].name
+
         def value(key: str, default: Any = None) -> Any:
-            return self._value(f"{_ARCHITECTURE}.{key}", default)
+            return self._value(f"{prefix}.{key}", default)
 
         kv_heads = value("attention.head_count_kv")
         hidden, heads = value("embedding_length"), value("attention.head_count")
         return ModelConfig(
             hidden_size=hidden,
             intermediate_size=value("feed_forward_length"),
-            moe_intermediate_size=value("expert_feed_forward_length"),
             num_hidden_layers=value("block_count"),
-            num_dense_layers=value("leading_dense_block_count"),
-            num_experts=value("expert_count"),
-            num_experts_per_tok=value("expert_used_count"),
+            **_expert_facts(model_type, value),
+            model_type=model_type,
             num_attention_heads=heads,
             num_key_value_heads=max(kv_heads),
             head_dim=hidden // heads,
@@ -64,6 +65,14 @@ class GgufReader:
             bos_token_id=self._value("tokenizer.ggml.bos_token_id", 11),
             eos_token_id=self._value("tokenizer.ggml.eos_token_id", 11),
         )
+
+    def _model_type(self) -> ModelType:
+        found = self._value("general.architecture")
+        for model_type, architecture in ARCHITECTURES.items():
+            if architecture.name == found:
+                return model_type
+        known = " or ".join(repr(a.name) for a in ARCHITECTURES.values())
+        raise ValidationError(f"{self._path}: architecture {found!r}, expected {known}")
 
     def _tensor(self, name: str) -> Any:
         if name not in self._tensors:
@@ -79,6 +88,17 @@ class GgufReader:
             np.float32, copy=False
         )
         return values[:, None, :] if name.endswith(".conv.conv.weight") else values
+
+
+def _expert_facts(model_type: ModelType, value: Callable[[str], Any]) -> dict[str, Any]:
+    if model_type == "lfm2":
+        return without_experts(value("block_count"))
+    return {
+        "moe_intermediate_size": value("expert_feed_forward_length"),
+        "num_dense_layers": value("leading_dense_block_count"),
+        "num_experts": value("expert_count"),
+        "num_experts_per_tok": value("expert_used_count"),
+    }
 
 
 def open_reader(path: Path) -> GgufReader:

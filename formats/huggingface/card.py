@@ -18,7 +18,7 @@ _TEMPLATE = """\
 ---
 library_name: {{ runtime.library }}
 pipeline_tag: text-generation
-tags: [{{ runtime.library }}, lfm2_moe, quantized]
+tags: [{{ runtime.library }}, {{ model_type }}, quantized]
 {% for key, value in facts -%}
 {{ key }}: "{{ value }}"
 {% endfor -%}
@@ -26,17 +26,17 @@ tags: [{{ runtime.library }}, lfm2_moe, quantized]
 
 # {{ name }}, {{ recipe }}, for {{ runtime.library }}
 
-An LFM2 mixture-of-experts model quantized by lfmq. Integer weights are symmetric: every group of
-a row has a float16 scale, `w = scale * (code - 2 ** (bits - 1))`. A build of the same recipe for
-another runtime holds exactly the same integer weights.
+An LFM2 {{ "mixture-of-experts" if sparse else "dense" }} model quantized by lfmq. Integer weights
+are symmetric: every group of a row has a float16 scale, `w = scale * (code - 2 ** (bits - 1))`. A
+build of the same recipe for another runtime holds exactly the same integer weights.
 
 | role | stored as | tensors | weights | bits per weight |
 |---|---|---:|---:|---:|
 {% for row in rows -%}
 | {{ row | join(" | ") }} |
 {% endfor %}
-Router, norms and the short convolutions' kernels are always floats. Bits per weight count codes,
-scales and offsets as they lie in the file.
+{{ "Router, norms" if sparse else "Norms" }} and the short convolutions' kernels are always floats.
+Bits per weight count codes, scales and offsets as they lie in the file.
 
 ## Run it
 
@@ -55,8 +55,8 @@ Known to be wrong for this build:
 ## Check it
 
 `lfmq verify FOLDER` compares every file with the manifest beside the build; `lfmq validate
-CHECKPOINT FOLDER` measures perplexity, KL divergence and whether the router still picks the same
-experts.
+CHECKPOINT FOLDER` measures perplexity, KL divergence
+{{ "and whether the router still picks the same experts" if sparse else "and top-1 agreement" }}.
 """
 
 # What may stand between quotes in YAML and be a license, a link to one, or a Hub id.
@@ -102,6 +102,8 @@ def model_card(
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
     text = environment.from_string(_TEMPLATE).render(
         facts=_facts(assets),
+        model_type=plan.config.model_type,
+        sparse=bool(plan.config.moe_layers),
         name=" ".join(assets.name.split()),
         recipe=plan.recipe,
         rows=_rows(plan, files, stored_as),

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lfmq.formats.plan import ModelConfig
+from lfmq.formats.plan import ModelConfig, without_experts
 from lfmq.quant.errors import CheckpointError
 
 _POSITIVE = (
@@ -107,14 +107,8 @@ def _dense_facts(raw: dict[str, Any], source: Path) -> dict[str, Any]:
             f"{source}: the feed-forward width that block_ff_dim and its multiplier give is "
             f"{width}, expected 1 to {_LARGEST}"
         )
-    return {
-        "intermediate_size": width,
-        "moe_intermediate_size": 0,
-        "num_experts": 0,
-        "num_experts_per_tok": 0,
-        "num_dense_layers": _integer(raw, "num_hidden_layers", source, least=1),
-        "use_expert_bias": False,
-    }
+    layers = _integer(raw, "num_hidden_layers", source, least=1)
+    return {"intermediate_size": width, **without_experts(layers)}
 
 
 # By model type: the facts of the feed-forward half of a layer.

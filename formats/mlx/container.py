@@ -1,4 +1,4 @@
-"""MLX for mlx-lm: a folder of safetensors with a quantized ``lfm2_moe``.
+"""MLX for mlx-lm: a folder of safetensors with a quantized model.
 
 A quantized module is three tensors: ``weight`` (uint32, codes as a little-endian bit stream along
 the row), ``scales`` and ``biases`` (float16), with ``w = scale * code + bias``. That is the affine
@@ -32,7 +32,7 @@ from lfmq.formats.huggingface.safetensors_layout import (
     pack_float,
     shard_files,
 )
-from lfmq.formats.mlx.names import module_path
+from lfmq.formats.mlx.names import NAMES, module_path
 from lfmq.formats.mlx.reader import open_reader as open_reader
 from lfmq.formats.plan import (
     FLOAT_ROLES,
@@ -66,7 +66,7 @@ mlx_lm.generate --model FOLDER --prompt "..."
 
 
 def check(plan: Plan, assets: Assets) -> None:
-    """Refuse what mlx-lm's ``lfm2_moe`` cannot hold or would compute otherwise.
+    """Refuse what mlx-lm cannot hold or would compute otherwise.
 
     Raises:
         UnsupportedError: the setting or tensor, and which formats can hold it.
@@ -156,7 +156,7 @@ def _modules(plan: Plan) -> Iterator[tuple[str, tuple[Entry, ...]]]:
     """Module paths in file order with their entries; an expert stack has one for each expert."""
     modules: dict[str, list[Entry]] = {}
     for entry in plan.entries:
-        modules.setdefault(module_path(entry.name)[0], []).append(entry)
+        modules.setdefault(module_path(entry.name, plan.config.model_type)[0], []).append(entry)
     for path, entries in modules.items():
         yield path, tuple(entries)
 
@@ -233,8 +233,7 @@ def _config(plan: Plan, assets: Assets) -> dict[str, Any]:
         config["full_attn_idxs"] = list(g.attention_layers)
     if "rope_theta" not in (config.get("rope_parameters") or {}):  # rope_scaling is not read
         config["rope_theta"] = g.rope_theta
-    for key in ("norm_topk_prob", "use_expert_bias", "routed_scaling_factor"):
-        config[key] = getattr(g, key)
+    config |= NAMES[g.model_type].config(g)
     config.setdefault("conv_bias", False)
     if not quantization:
         return config

@@ -63,7 +63,7 @@ class MlxReader:
         Raises:
             ValidationError: the build lacks it or is damaged.
         """
-        path, expert = module_path(name)
+        path, expert = module_path(name, self.config.model_type)
         shape = _shape(name, self.config)
         if shape is None or (expert is not None and expert >= self.config.num_experts):
             raise ValidationError(f"{self._path}: tensor {name} is not part of this model")

@@ -199,7 +199,7 @@ def _genai_config(plan: Plan, assets: Assets) -> dict[str, Any]:
     if g.pad_token_id is None:
         tokens["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
     model = {
-        "type": "lfm2_moe",
+        "type": g.model_type,
         "vocab_size": g.vocab_size,
         "context_length": g.max_position_embeddings,
         **{key: value for key, value in tokens.items() if value is not None},

@@ -1,4 +1,4 @@
-"""The ONNX graph of an ``lfm2_moe`` model and the tensors its data file holds.
+"""The ONNX graph of an LFM2 model and the tensors its data file holds.
 
 Operators: ai.onnx 23 and ONNX Runtime's ``com.microsoft`` 1 (``docs/ContribOperators.md`` there);
 docs/onnx.md draws the graph. Nothing here reads a weight: shapes and storages come from the plan.
@@ -89,7 +89,7 @@ class GraphBuilder:
         """The finished model; ``place`` says where in the data file a tensor lies."""
         initializers = [place(t) for t in self.tensors] + list(self._constants.values())
         graph = helper.make_graph(
-            self._nodes, "lfm2_moe", self._inputs, self._outputs, initializers
+            self._nodes, self.plan.config.model_type, self._inputs, self._outputs, initializers
         )
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
         return helper.make_model(

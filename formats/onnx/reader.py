@@ -41,7 +41,7 @@ class OnnxReader:
         self._stacks: dict[str, dict[int, tuple[str, int]]] = {}
         for node in self._graph.node:
             self._note(node)
-        self.config = self._graph_facts(_config_config(path))
+        self.config = self._graph_facts(_model_config(path))
 
     def _map_data(self) -> NDArray[np.uint8]:
         """The data file, after checking that every tensor lies inside it."""
@@ -87,7 +87,7 @@ class OnnxReader:
             self._stacks.setdefault(f"{experts}.down", {})[expert] = (narrow, row)
 
     def _graph_facts(self, config: ModelConfig) -> ModelConfig:
-        """The config's config with what the graph's operators say in its place."""
+        """The folder's config with what the graph's operators say in its place."""
         for node in self._graph.node:
             facts = {a.name: helper.get_attribute_value(a) for a in node.attribute}
             if node.op_type == "TopK":
@@ -176,7 +176,7 @@ def _place(tensor: TensorProto) -> tuple[int, int]:
     return int(place["offset"]), int(place["length"])
 
 
-def _config_config(path: Path) -> ModelConfig:
+def _model_config(path: Path) -> ModelConfig:
     try:
         return parse_config(read_config(path), path / "config.json")
     except CheckpointError as error:

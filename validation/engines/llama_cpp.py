@@ -40,6 +40,7 @@ _TOKENS_AT_ONCE = 512
 _NORMED = "model.layers.{}.ffn_out"
 _ROUTER = "ffn_moe_logits"
 _TOPK = "ffn_moe_topk"
+_OF_EXPERTS = "ffn_moe_"
 
 _Selected = dict[int, NDArray[np.int64]]
 
@@ -172,6 +173,7 @@ class _Watch:
         self._inputs = inputs
         self._selected: _Selected = {}
         self._replaced: dict[int, int] = {}
+        self._has_routers = False
         self._error: Exception | None = None
 
     def seen(self) -> _Selected:
@@ -182,7 +184,8 @@ class _Watch:
         """
         if self._error is not None:
             raise self._error
-        if not self._selected or not self._inputs.keys() <= self._replaced.keys():
+        unseen = self._has_routers and not self._selected
+        if unseen or not self._inputs.keys() <= self._replaced.keys():
             raise unlike("graph")
         return self._selected
 
@@ -196,6 +199,7 @@ class _Watch:
     def _look(self, tensor: int, ask: bool) -> bool:
         """When asked, whether the tensor's values are wanted; then, once they are computed."""
         kind, _, number = self._library.ggml_get_name(tensor).decode().rpartition("-")
+        self._has_routers |= kind.startswith(_OF_EXPERTS)
         if kind == _TOPK:
             if not ask:
                 self._selected[int(number)] = self._chosen(tensor)

@@ -73,10 +73,10 @@ class _Watch:
 
     def seen(self) -> dict[int, NDArray[np.int64]]:
         """The experts each layer was told to run, [S, k]."""
-        if not self._layers or list(self._selected) != self._layers:
+        if list(self._selected) != self._layers:
             raise ValidationError(
                 f"{version()}: no experts were seen in layers "
-                f"{sorted(set(self._layers) - set(self._selected)) or 'of any number'}; "
+                f"{sorted(set(self._layers) - set(self._selected))}; "
                 f"pip install 'lfmq[{EXTRA}]'"
             )
         return self._selected
@@ -120,7 +120,7 @@ def _has_one_scheme(reader: CompressedTensorsReader) -> bool:
         for expert in range(g.num_experts)
         for part in ("w1", "w2", "w3")
     }
-    return len(found) == 1 and None not in found
+    return not g.moe_layers or (len(found) == 1 and None not in found)
 
 
 def _from_pretrained(folder: Path, build: Path) -> Any:

@@ -100,7 +100,7 @@ def test_mlx_reads_and_computes_the_same_values(
             continue
         expected = dequantize(weight)
         np.testing.assert_array_equal(reader.read(entry.name), expected, err_msg=entry.name)
-        module, expert = module_path(entry.name)
+        module, expert = module_path(entry.name, "lfm2_moe")
         parts = [tensors[f"{module}.{p}"] for p in ("weight", "scales", "biases")]
         code, *grid = parts if expert is None else [p[expert] for p in parts]
         exact = mx.dequantize(

@@ -94,7 +94,7 @@ def test_mlx_dequantizes_exactly(
         np.testing.assert_array_equal(reader.read(entry.name), expected, err_msg=entry.name)
         if entry.scheme is None:
             continue
-        module, expert = module_path(entry.name)
+        module, expert = module_path(entry.name, "lfm2_moe")
         parts = (tensors[f"{module}.{p}"] for p in ("weight", "scales", "biases"))
         code, scale, bias = (p if expert is None else p[expert] for p in parts)
         scale, bias = scale.astype(mx.float32), bias.astype(mx.float32)

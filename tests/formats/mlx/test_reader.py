@@ -98,7 +98,7 @@ def test_a_quantization_that_is_no_object(build: Path) -> None:
 def test_a_header_that_contradicts_the_config(
     name: str, part: str, fields: dict[str, Any], build: Path
 ) -> None:
-    key = f"{module_path(name)[0]}.{part}"
+    key = f"{module_path(name, 'lfm2_moe')[0]}.{part}"
     path = build / "model.safetensors"
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
