@@ -25,6 +25,7 @@ class Architecture:
 
 ARCHITECTURES: dict[ModelType, Architecture] = {
     "lfm2_moe": Architecture("lfm2moe", MODEL_ARCH.LFM2MOE),
+    "lfm2": Architecture("lfm2", MODEL_ARCH.LFM2),
 }
 
 

@@ -1,7 +1,7 @@
 """What mlx-lm calls modules and config keys, by model type.
 
 Module paths are those that mlx-lm's own ``sanitize`` makes of a checkpoint's names, config keys
-those of its ``ModelArgs`` (mlx_lm/models/lfm2_moe.py, 0.32).
+those of its ``ModelArgs`` (mlx_lm/models/lfm2_moe.py and lfm2.py, 0.32).
 """
 
 import re
@@ -30,8 +30,21 @@ def _routed(g: ModelConfig) -> dict[str, Any]:
     return {key: getattr(g, key) for key in keys}
 
 
+def _dense(g: ModelConfig) -> dict[str, Any]:
+    """The width as it is: mlx-lm adjusts it by a rule that differs in a corner."""
+    return {
+        "block_dim": g.hidden_size,
+        "block_ff_dim": g.intermediate_size,
+        "intermediate_size": g.intermediate_size,
+        "block_auto_adjust_ff_dim": False,
+        "block_multiple_of": 1,
+        "block_ffn_dim_multiplier": 1.0,
+    }
+
+
 NAMES: dict[ModelType, Names] = {
     "lfm2_moe": Names(_routed, {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}),
+    "lfm2": Names(_dense),
 }
 _EXPERT = re.compile(r"(.*\.feed_forward)\.experts\.(\d+)\.(w[123])\.weight")
 _DENSE = re.compile(r"(.*\.feed_forward)\.(w[123])\.weight")
