@@ -30,9 +30,9 @@ from lfmq.quant.rtn import quantize
 from lfmq.quant.types import Scheme, dequantize
 
 TYPES = {
-    GGMLQuantizationType.Q4_K: Scheme(4, 32, "superblock"),
-    GGMLQuantizationType.Q5_K: Scheme(5, 32, "superblock"),
-    GGMLQuantizationType.Q6_K: Scheme(6, 16, "superblock"),
+    GGMLQuantizationType.Q4_K: Scheme(4, 32, "kquant"),
+    GGMLQuantizationType.Q5_K: Scheme(5, 32, "kquant"),
+    GGMLQuantizationType.Q6_K: Scheme(6, 16, "kquant"),
 }
 LEFT_OUT = (GGMLQuantizationType.IQ4_NL, GGMLQuantizationType.Q3_K)
 ROWS = 4096  # of a weight at most

@@ -41,12 +41,12 @@ from lfmq.quant.types import Scheme, Weight, dequantize
 Kernel = tuple[str, int, float, Callable[[], object]]
 REPEATS = 5
 MLX_BITS, MLX_GROUPS = (4, 5, 6, 8), (32, 64, 128)
-K_QUANTS = tuple(Scheme(bits, group, "superblock") for bits, group in ((4, 32), (5, 32), (6, 16)))
+K_QUANTS = tuple(Scheme(bits, group, "kquant") for bits, group in ((4, 32), (5, 32), (6, 16)))
 SCHEMES = (
     Scheme(4),
     Scheme(8),
-    *(Scheme(bits, 32, "affine") for bits in (4, 5, 6)),
-    Scheme(4, 32, "asymmetric"),
+    *(Scheme(bits, 32, "affine_bias") for bits in (4, 5, 6)),
+    Scheme(4, 32, "affine_zero_point"),
     *K_QUANTS,
 )
 
@@ -92,7 +92,7 @@ def error_table(checkpoint: Checkpoint) -> Table:
     for column in ("bits", *(f"group {group}" for group in MLX_GROUPS)):
         table.add_column(column, justify="right")
     for bits in MLX_BITS:
-        ratios = (error_ratio(weights, Scheme(bits, g, "affine")) for g in MLX_GROUPS)
+        ratios = (error_ratio(weights, Scheme(bits, g, "affine_bias")) for g in MLX_GROUPS)
         table.add_row(str(bits), *(f"{ratio:.3f}" for ratio in ratios))
     return table
 

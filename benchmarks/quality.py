@@ -217,7 +217,7 @@ def shape(sample: Checkpoint, group: int) -> dict[str, Scheme | None]:
     return {
         t.name: None
         if t.role in FLOAT_ROLES
-        else Scheme(8 if t.expert is None else 4, group, "affine")
+        else Scheme(8 if t.expert is None else 4, group, "affine_bias")
         for t in expected_tensors(sample.config)
     }
 

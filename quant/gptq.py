@@ -11,7 +11,7 @@ inverse of H (Frantar et al. 2022, GPTQ, algorithm 1). Deviations:
   the scale of a group and then each of its codes take the value of least loss.
 - Columns keep their order, so that groups stay whole in every container.
 
-What a grid does with some columns is in ``lfmq.quant.symmetric.gptq`` for the portable grid, in
+What a grid does with some columns is in ``lfmq.quant.symmetric.gptq`` for the symmetric grid, in
 ``lfmq.quant.affine.gptq`` for those with an offset a group and in ``lfmq.quant.kquant.gptq``
 for K-quants.
 
@@ -48,7 +48,7 @@ _OnDevice = Callable[[F32, torch.Tensor, torch.Tensor, Scheme, int], Quantized]
 
 
 @dataclass(frozen=True, slots=True)
-class Moments:
+class FactorizedHessian:
     """Second moments of a weight's inputs, ready for :func:`quantize`; weights share them.
 
     Attributes:
@@ -60,7 +60,7 @@ class Moments:
     factor: torch.Tensor
 
 
-def factorize(moments: torch.Tensor, damping: float = DAMPING) -> Moments:
+def factorize(moments: torch.Tensor, damping: float = DAMPING) -> FactorizedHessian:
     """Damp and factorize second moments [K, K].
 
     An input that was never seen gets the mean diagonal, so that its weights are rounded to
@@ -80,10 +80,12 @@ def factorize(moments: torch.Tensor, damping: float = DAMPING) -> Moments:
     del diagonal, h  # a wide weight's moments are what takes most memory
     lower = torch.linalg.cholesky(reversed_)
     del reversed_
-    return Moments(damped, invert_lower(lower).flip(0, 1).float().contiguous())
+    return FactorizedHessian(damped, invert_lower(lower).flip(0, 1).float().contiguous())
 
 
-def quantize(w: F32, moments: Moments, scheme: Scheme, *, sweeps: int = SWEEPS) -> Quantized:
+def quantize(
+    w: F32, moments: FactorizedHessian, scheme: Scheme, *, sweeps: int = SWEEPS
+) -> Quantized:
     """Quantize a weight [N, K] so that its outputs change least.
 
     Args:
@@ -112,13 +114,13 @@ def quantize(w: F32, moments: Moments, scheme: Scheme, *, sweeps: int = SWEEPS) 
 # By grid: the state that its compiled kernels work on, and the same algorithm for a GPU.
 _GRIDS: dict[Grid, tuple[_Start, _OnDevice]] = {
     "symmetric": (SymmetricState, gptq_torch.quantize_rows),
-    "affine": (OffsetState, offset_torch.quantize_rows),
-    "asymmetric": (OffsetState, offset_torch.quantize_rows),
-    "superblock": (SuperblockState, superblock_torch.quantize_rows),
+    "affine_bias": (OffsetState, offset_torch.quantize_rows),
+    "affine_zero_point": (OffsetState, offset_torch.quantize_rows),
+    "kquant": (SuperblockState, superblock_torch.quantize_rows),
 }
 
 
-def _round_columns(w: torch.Tensor, moments: Moments, grid: GridState) -> None:
+def _round_columns(w: torch.Tensor, moments: FactorizedHessian, grid: GridState) -> None:
     """GPTQ: fill in the grid's arrays, using up ``w``."""
     factor = moments.factor
     costs = (1 / factor.diagonal().square()).numpy()

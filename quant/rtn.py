@@ -18,9 +18,9 @@ from lfmq.quant.types import Quantized, Scheme
 
 _GRIDS = {
     "symmetric": symmetric_rtn.quantize_rows,
-    "affine": offset_rtn.quantize_rows,
-    "asymmetric": offset_rtn.quantize_rows,
-    "superblock": superblock_rtn.quantize_rows,
+    "affine_bias": offset_rtn.quantize_rows,
+    "affine_zero_point": offset_rtn.quantize_rows,
+    "kquant": superblock_rtn.quantize_rows,
 }
 
 

@@ -12,7 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 FloatType = Literal["float32", "float16", "bfloat16"]
-Grid = Literal["symmetric", "affine", "asymmetric", "superblock"]
+Grid = Literal["symmetric", "affine_bias", "affine_zero_point", "kquant"]
+# Names that grids had before, in recipes and files of statistics.
+GRID_ALIASES: dict[str, Grid] = {
+    "affine": "affine_bias",
+    "asymmetric": "affine_zero_point",
+    "superblock": "kquant",
+}
 
 FLOAT_BYTES: dict[FloatType, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -23,14 +29,16 @@ class Scheme:
 
     With a float16 scale, ``g = k // group`` and ``q = code[n, k]``, a code of ``bits`` bits:
 
-    - ``symmetric``, the portable grid, exact in every container:
+    - ``symmetric``, which every container holds exactly:
       ``w[n, k] = scale[n, g] * (q - 2 ** (bits - 1))``;
-    - ``affine``, MLX's: ``w[n, k] = scale[n, g] * q + offset[n, g]``, the offset a float16;
-    - ``asymmetric``, ONNX's: ``w[n, k] = scale[n, g] * (q - offset[n, g])``, the offset a code;
-    - ``superblock``, ggml's K-quants, where scales have codes too: with ``b = k // 256``,
-      ``w[n, k] = scale[n, b] * step[n, g] * q - offset[n, b] * shift[n, g]`` for 4 and 5 bits in
-      groups of 32, ``w[n, k] = scale[n, b] * step[n, g] * (q - 2 ** (bits - 1))`` for 6 bits in
-      groups of 16 (block_q4_K, block_q5_K and block_q6_K of ``ggml/src/ggml-common.h``).
+    - ``affine_bias``, MLX's: ``w[n, k] = scale[n, g] * q + offset[n, g]``, the offset a float16;
+    - ``affine_zero_point``, ONNX's: ``w[n, k] = scale[n, g] * (q - offset[n, g])``, the offset a
+      code;
+    - ``kquant``, ggml's K-quants, where scales have codes too: with ``b = k // 256``,
+      ``w[n, k] = scale[n, b] * sub_scale[n, g] * q - offset[n, b] * sub_min[n, g]`` for 4 and 5
+      bits in groups of 32, ``w[n, k] = scale[n, b] * sub_scale[n, g] * (q - 2 ** (bits - 1))``
+      for 6 bits in groups of 16 (block_q4_K, block_q5_K and block_q6_K of
+      ``ggml/src/ggml-common.h``; scale is d and offset dmin).
     """
 
     bits: int
@@ -45,13 +53,13 @@ class Scheme:
     @property
     def span(self) -> int:
         """Weights of a row that share a float16 scale."""
-        return SUPERBLOCK if self.grid == "superblock" else self.group
+        return KQUANT_BLOCK if self.grid == "kquant" else self.group
 
     @property
     def has_offset(self) -> bool:
         """Whether weights move by an offset beside their scale."""
-        return self.grid in ("affine", "asymmetric") or (
-            self.grid == "superblock" and self.bits in (4, 5)
+        return self.grid in ("affine_bias", "affine_zero_point") or (
+            self.grid == "kquant" and self.bits in (4, 5)
         )
 
     @property
@@ -69,13 +77,15 @@ class Scheme:
 
     def __str__(self) -> str:
         """Short form for tables, for example ``int4 g32`` ``int4 g64 affine`` or ``q4_k``."""
-        if self.grid == "superblock":
+        if self.grid == "kquant":
             return f"q{self.bits}_k"
         short = f"int{self.bits} g{self.group}"
-        return short if self.grid == "symmetric" else f"{short} {self.grid}"
+        return f"{short} {_SHORT[self.grid]}" if self.grid in _SHORT else short
 
 
-SUPERBLOCK = 256  # weights of a K-quant's block, which share its float16 scale and offset
+# Model cards have these words for the grids with an offset.
+_SHORT: dict[Grid, str] = {"affine_bias": "affine", "affine_zero_point": "asymmetric"}
+KQUANT_BLOCK = 256  # weights of a K-quant's block, which share its float16 scale and offset
 
 Storage = Scheme | FloatType
 
@@ -88,19 +98,19 @@ class Quantized:
         codes: uint8, unpacked, shape [..., N, K].
         scale: float16, shape [..., N, K // span].
         scheme: how codes, scale and offset make weights.
-        offset: shape of the scale; float16 on the affine grid and on 4 and 5 bits of the
-            superblock grid, a uint8 zero point on the asymmetric one, else None.
-        step: of the superblock grid, int8 [..., N, K // group]: what the scale is multiplied by,
+        offset: shape of the scale; float16 for ``affine_bias`` and for 4 and 5 bits of
+            ``kquant``, a uint8 zero point for ``affine_zero_point``, else None.
+        sub_scale: of ``kquant``, int8 [..., N, K // group]: what the scale is multiplied by,
             0 to 63 for 4 and 5 bits, -128 to 127 for 6.
-        shift: of 4 and 5 bits there, the same for the offset, 0 to 63.
+        sub_min: of 4 and 5 bits there, the same for the offset, 0 to 63.
     """
 
     codes: NDArray[np.uint8]
     scale: NDArray[np.float16]
     scheme: Scheme
     offset: NDArray[np.float16] | NDArray[np.uint8] | None = None
-    step: NDArray[np.int8] | None = None
-    shift: NDArray[np.int8] | None = None
+    sub_scale: NDArray[np.int8] | None = None
+    sub_min: NDArray[np.int8] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -109,12 +119,12 @@ class Quantized:
 
     def arrays(self) -> tuple[NDArray[Any], ...]:
         """Those that are there, codes and scale first."""
-        every = (self.codes, self.scale, self.offset, self.step, self.shift)
+        every = (self.codes, self.scale, self.offset, self.sub_scale, self.sub_min)
         return tuple(array for array in every if array is not None)
 
     def map(self, change: Callable[[NDArray[Any]], NDArray[Any]]) -> "Quantized":
         """The weight that ``change`` makes of every array."""
-        arrays = (self.codes, self.scale, self.offset, self.step, self.shift)
+        arrays = (self.codes, self.scale, self.offset, self.sub_scale, self.sub_min)
         codes, scale, *others = (None if a is None else change(a) for a in arrays)
         assert codes is not None
         assert scale is not None
@@ -150,27 +160,29 @@ def dequantize(q: Quantized) -> NDArray[np.float32]:
     """
     groups = q.codes.reshape(*q.codes.shape[:-1], -1, q.scheme.group).astype(np.float32)
     scale = q.scale.astype(np.float32)[..., None]
-    if q.scheme.grid == "superblock":
-        return _dequantize_superblocks(q, groups).reshape(q.codes.shape)
+    if q.scheme.grid == "kquant":
+        return _dequantize_kquant(q, groups).reshape(q.codes.shape)
     if q.scheme.grid == "symmetric":
         values: NDArray[Any] = (groups - np.float32(q.scheme.zero_point)) * scale
         return values.reshape(q.codes.shape)
     if q.offset is None:
         raise ValueError(f"a weight on the {q.scheme.grid} grid has no offsets")
     offset = q.offset.astype(np.float32)[..., None]
-    values = groups * scale + offset if q.scheme.grid == "affine" else (groups - offset) * scale
+    values = (
+        groups * scale + offset if q.scheme.grid == "affine_bias" else (groups - offset) * scale
+    )
     return values.reshape(q.codes.shape)
 
 
-def _dequantize_superblocks(q: Quantized, groups: NDArray[np.float32]) -> NDArray[np.float32]:
+def _dequantize_kquant(q: Quantized, groups: NDArray[np.float32]) -> NDArray[np.float32]:
     """Every product is exact in float32 (11 + 6 + 5 bits, or 11 + 7 + 5); one sum rounds."""
-    if q.step is None:
-        raise ValueError(f"a weight on the {q.scheme.grid} grid has no steps")
+    if q.sub_scale is None:
+        raise ValueError(f"a weight on the {q.scheme.grid} grid has no scales of sub-blocks")
     each = q.scheme.span // q.scheme.group
-    scale = np.repeat(q.scale.astype(np.float32), each, -1) * q.step
-    if q.offset is None or q.shift is None:
+    scale = np.repeat(q.scale.astype(np.float32), each, -1) * q.sub_scale
+    if q.offset is None or q.sub_min is None:
         return (groups - np.float32(q.scheme.zero_point)) * scale[..., None]
-    offset = np.repeat(q.offset.astype(np.float32), each, -1) * q.shift
+    offset = np.repeat(q.offset.astype(np.float32), each, -1) * q.sub_min
     values: NDArray[np.float32] = groups * scale[..., None] - offset[..., None]
     return values
 

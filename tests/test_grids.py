@@ -30,26 +30,26 @@ from lfmq.validation.engines.protocol import EngineRequest
 
 # The name begins with the format that holds the recipe.
 RECIPES = {
-    "mlx": '[[rule]]\nbits = 4\ngroup = 64\ngrid = "affine"\n',
-    "mlx-5-6": '[[rule]]\nbits = 6\ngroup = 64\ngrid = "affine"\n'
-    '[[rule]]\nroles = ["experts"]\nbits = 5\ngroup = 32\ngrid = "affine"\n',
-    "onnx": '[[rule]]\nbits = 4\ngrid = "asymmetric"\n'
-    '[[rule]]\nroles = ["embedding"]\nbits = 8\ngrid = "asymmetric"\n',
+    "mlx": '[[rule]]\nbits = 4\ngroup = 64\ngrid = "affine_bias"\n',
+    "mlx-5-6": '[[rule]]\nbits = 6\ngroup = 64\ngrid = "affine_bias"\n'
+    '[[rule]]\nroles = ["experts"]\nbits = 5\ngroup = 32\ngrid = "affine_bias"\n',
+    "onnx": '[[rule]]\nbits = 4\ngrid = "affine_zero_point"\n'
+    '[[rule]]\nroles = ["embedding"]\nbits = 8\ngrid = "affine_zero_point"\n',
 }
 K_QUANTS = """
 [[rule]]
 bits = 4
-grid = "superblock"
+grid = "kquant"
 
 [[rule]]
 roles = ["attention", "expert_down"]
 bits = 5
-grid = "superblock"
+grid = "kquant"
 
 [[rule]]
 roles = ["embedding", "conv"]
 bits = 6
-grid = "superblock"
+grid = "kquant"
 """
 NEW_TOKENS = 24
 END_OF_TURN = 4

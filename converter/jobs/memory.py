@@ -9,7 +9,7 @@ from functools import cache
 
 from lfmq.formats.plan import Entry, Plan
 from lfmq.quant.errors import RecipeError
-from lfmq.quant.types import SLAB, SUPERBLOCK, Scheme
+from lfmq.quant.types import KQUANT_BLOCK, SLAB, Scheme
 
 DEFAULT = "2GB"
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20}
@@ -65,8 +65,10 @@ def _held(entry: Entry) -> int:
     """A weight between reading and writing: codes, scales and offsets; floats come whole."""
     if not isinstance(entry.storage, Scheme):
         return _READ * entry.size
-    if entry.storage.grid == "superblock":  # both float16 by block, both bytes by sub-block
-        return entry.size + 4 * (entry.size // SUPERBLOCK) + 2 * entry.size // entry.storage.group
+    if entry.storage.grid == "kquant":  # both float16 by block, both bytes by sub-block
+        return (
+            entry.size + 4 * (entry.size // KQUANT_BLOCK) + 2 * entry.size // entry.storage.group
+        )
     return entry.size + 4 * (entry.size // entry.storage.group)
 
 

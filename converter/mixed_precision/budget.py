@@ -40,7 +40,7 @@ from lfmq.formats.plan import Entry, ModelConfig, Plan
 from lfmq.quant.errors import RecipeError, ValidationError
 from lfmq.quant.types import Scheme
 
-_PORTABLE = (Scheme(4), Scheme(8))
+_SYMMETRIC = (Scheme(4), Scheme(8))
 # How often a choice is made again with the routed divergence as the last one found it.
 _ROUNDS = 6
 
@@ -260,7 +260,7 @@ def open_choices(
 
 
 def _candidates(everything: bool) -> tuple[Scheme, ...]:
-    return SCHEMES if everything else _PORTABLE
+    return SCHEMES if everything else _SYMMETRIC
 
 
 def _total(prediction: Prediction, entries: Iterable[Entry], scheme: Scheme) -> Cost:

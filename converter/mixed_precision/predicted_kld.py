@@ -40,7 +40,7 @@ _OF_EXPERTS = 0.25
 _EXPERT_PARTS = ("inner", "down")
 # GPTQ's error on a grid, relative to that at the measured one, over the same to nearest
 # (benchmarks/grid_ratios.py). The embedding is rounded to nearest.
-_FED_BACK = {"affine": 1.03, "superblock": 1.07}
+_FED_BACK = {"affine_bias": 1.03, "kquant": 1.07}
 
 
 @dataclass(frozen=True, slots=True)

@@ -157,7 +157,7 @@ def _expert_rules(routed: Mapping[tuple[int, Role, Scheme], list[int]], experts:
 
 def _rule(conditions: str, scheme: Scheme) -> str:
     rule = f"[[rule]]\n{conditions}\nbits = {scheme.bits}"
-    if scheme.grid != "superblock" and scheme.group != Scheme(scheme.bits).group:
+    if scheme.grid != "kquant" and scheme.group != Scheme(scheme.bits).group:
         rule += f"\ngroup = {scheme.group}"
     return rule if scheme.grid == "symmetric" else f'{rule}\ngrid = "{scheme.grid}"'
 

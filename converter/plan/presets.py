@@ -11,14 +11,14 @@ from lfmq.converter.plan.recipe import Recipe, load_recipe, parse_recipe
 from lfmq.formats.plan import ModelConfig, Role
 from lfmq.quant.types import Scheme
 
-_SUPERBLOCK_BITS = {4: 4.5, 5: 5.5, 6: 6.5625}  # block_q4_K, block_q5_K, block_q6_K
+_KQUANT_BITS = {4: 4.5, 5: 5.5, 6: 6.5625}  # block_q4_K, block_q5_K, block_q6_K
 # Built-in recipes, or rules of what none of ours is.
 _RECIPES = {"q4_k_m": "q4_k_m", "q5_k_m": "q5_k_m", "q6_k": "q6_k", "q8_0": "int8"}
 _RULES = {
-    "q4_0": '[[rule]]\nbits = 4\n[[rule]]\nroles = ["embedding"]\nbits = 6\ngrid = "superblock"\n',
-    "mlx-4bit": '[[rule]]\nbits = 4\ngroup = 64\ngrid = "affine"\n',
+    "q4_0": '[[rule]]\nbits = 4\n[[rule]]\nroles = ["embedding"]\nbits = 6\ngrid = "kquant"\n',
+    "mlx-4bit": '[[rule]]\nbits = 4\ngroup = 64\ngrid = "affine_bias"\n',
 }
-_MLX_ROUTER = Scheme(8, 64, "affine")
+_MLX_ROUTER = Scheme(8, 64, "affine_bias")
 
 PEERS = ("q4_0", "q4_k_m", "q5_k_m", "q6_k", "q8_0", "mlx-4bit")
 
@@ -55,6 +55,6 @@ def peer_bytes(name: str, config: ModelConfig) -> tuple[int, int]:
 
 def _bits(scheme: Scheme) -> float:
     """Of a weight, scales and offsets included."""
-    if scheme.grid == "superblock":
-        return _SUPERBLOCK_BITS[scheme.bits]
-    return scheme.bits + (32 if scheme.grid == "affine" else 16) / scheme.group
+    if scheme.grid == "kquant":
+        return _KQUANT_BITS[scheme.bits]
+    return scheme.bits + (32 if scheme.grid == "affine_bias" else 16) / scheme.group

@@ -19,6 +19,7 @@ from lfmq.formats.plan import (
 )
 from lfmq.quant.errors import RecipeError
 from lfmq.quant.types import (
+    GRID_ALIASES,
     FloatType,
     Grid,
     Scheme,
@@ -30,9 +31,9 @@ _GROUPS = (32, 64, 128)
 # Groups that each grid knows for a number of bits; the first is the default.
 _GRIDS: dict[Grid, dict[int, tuple[int, ...]]] = {
     "symmetric": {4: _GROUPS, 8: _GROUPS},
-    "affine": {4: _GROUPS, 5: _GROUPS, 6: _GROUPS, 8: _GROUPS},
-    "asymmetric": {4: _GROUPS, 8: _GROUPS},
-    "superblock": {4: (32,), 5: (32,), 6: (16,)},
+    "affine_bias": {4: _GROUPS, 5: _GROUPS, 6: _GROUPS, 8: _GROUPS},
+    "affine_zero_point": {4: _GROUPS, 8: _GROUPS},
+    "kquant": {4: (32,), 5: (32,), 6: (16,)},
 }
 MORE_BITS = "more_bits"  # in place of layers: those that llama.cpp gives a wider type
 _LARGEST_INDEX = 1_000_000  # of a layer or an expert; a longer range is a slip
@@ -219,7 +220,9 @@ def _storage(table: dict[str, Any], where: str) -> Storage:
             raise RecipeError(f"{where}: float is {table['float']!r}, expected one of {known}")
         value: FloatType = table["float"]
         return value
-    grid = _one_of(_GRIDS, table.get("grid", "symmetric"), "grid", where)
+    named = table.get("grid", "symmetric")
+    named = GRID_ALIASES.get(named, named) if isinstance(named, str) else named
+    grid = _one_of(_GRIDS, named, "grid", where)
     bits = _one_of(_GRIDS[grid], table.get("bits"), "bits", where)
     groups = _GRIDS[grid][bits]
     return Scheme(bits, _one_of(groups, table.get("group", groups[0]), "group", where), grid)

@@ -23,7 +23,7 @@ from lfmq.quant.types import (
     dequantize,
 )
 
-QuantizeWeight = Callable[[str, NDArray[np.float32], gptq.Moments], Weight]
+QuantizeWeight = Callable[[str, NDArray[np.float32], gptq.FactorizedHessian], Weight]
 
 # Every eighth row of a weight is judged for the report.
 _JUDGED = 8

@@ -198,7 +198,9 @@ class _Run:
             self._done[name] = values
         return self._units[next(iter(weights))]
 
-    def _quantize(self, name: str, w: NDArray[np.float32], moments: gptq.Moments) -> Weight:
+    def _quantize(
+        self, name: str, w: NDArray[np.float32], moments: gptq.FactorizedHessian
+    ) -> Weight:
         entry = self._entries[name]
         if not isinstance(entry.storage, Scheme):
             return quantize_entry(self._checkpoint, entry)

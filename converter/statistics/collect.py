@@ -346,7 +346,9 @@ class _Pass:
             self._errors[part] = _error(begun[part], end)
         return begun
 
-    def _narrow(self, name: str, w: NDArray[np.float32], moments: gptq.Moments) -> Weight:
+    def _narrow(
+        self, name: str, w: NDArray[np.float32], moments: gptq.FactorizedHessian
+    ) -> Weight:
         return round_narrow(self._checkpoint, name, w, moments)
 
     def _score(self) -> dict[str, float]:

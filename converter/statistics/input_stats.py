@@ -49,13 +49,13 @@ class InputsSeen:
         for name in names:
             self.moments[name] = found if name not in self.moments else self.moments[name] + found
 
-    def factorized(self, damping: float) -> dict[str, gptq.Moments]:
+    def factorized(self, damping: float) -> dict[str, gptq.FactorizedHessian]:
         """Ready for GPTQ; weights with the same inputs share them.
 
         Raises:
             ValidationError: an input is not finite.
         """
-        ready: dict[int, gptq.Moments] = {}
+        ready: dict[int, gptq.FactorizedHessian] = {}
         for name, found in self.moments.items():
             if id(found) in ready:
                 continue

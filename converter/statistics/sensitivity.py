@@ -51,7 +51,7 @@ def grid_errors(
 
 
 def round_narrow(
-    checkpoint: Checkpoint, name: str, w: NDArray[np.float32], moments: gptq.Moments
+    checkpoint: Checkpoint, name: str, w: NDArray[np.float32], moments: gptq.FactorizedHessian
 ) -> Quantized:
     """GPTQ at ``MEASURED``.
 

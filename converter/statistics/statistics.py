@@ -27,7 +27,7 @@ from lfmq.formats.plan import (
     Role,
 )
 from lfmq.quant.errors import PlanError, ValidationError
-from lfmq.quant.types import InputStats, Scheme
+from lfmq.quant.types import GRID_ALIASES, InputStats, Scheme
 
 VERSION = 2
 # Share of the mean importance that every column has at least.
@@ -40,9 +40,9 @@ WHOLE = {"shared": Scheme(8), "shared at 4 bits": MEASURED}
 # Grids whose rounding error is measured for every weight, relative to that of ``MEASURED``.
 SCHEMES: tuple[Scheme, ...] = (
     *(Scheme(bits, group) for bits in (4, 8) for group in _GROUPS),
-    *(Scheme(bits, group, "affine") for bits in (4, 5, 6, 8) for group in _GROUPS),
-    *(Scheme(bits, group, "asymmetric") for bits in (4, 8) for group in _GROUPS),
-    *(Scheme(bits, group, "superblock") for bits, group in ((4, 32), (5, 32), (6, 16))),
+    *(Scheme(bits, group, "affine_bias") for bits in (4, 5, 6, 8) for group in _GROUPS),
+    *(Scheme(bits, group, "affine_zero_point") for bits in (4, 8) for group in _GROUPS),
+    *(Scheme(bits, group, "kquant") for bits, group in ((4, 32), (5, 32), (6, 16))),
 )
 
 
@@ -269,7 +269,8 @@ def _header(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
             )
         for entry in header["parts"].values():
             Sensitivity(**entry)
-        if header["schemes"] != [list(astuple(scheme)) for scheme in SCHEMES]:
+        measured = [(b, g, GRID_ALIASES.get(grid, grid)) for b, g, grid in header["schemes"]]
+        if measured != [astuple(scheme) for scheme in SCHEMES]:
             raise ValidationError(f"{path}: measured at other grids; calibrate again")
         if not isinstance(header["identity"], str) or not isinstance(header["tokens"], int):
             raise TypeError("identity or tokens")

@@ -94,7 +94,7 @@ def _check_entry(entry: Entry) -> None:
             f"{entry.name}: {scheme} asked for, compressed-tensors keeps it as floats"
         )
     if scheme.grid != "symmetric":
-        other = {"affine": "mlx", "asymmetric": "onnx", "superblock": "gguf"}[scheme.grid]
+        other = {"affine_bias": "mlx", "affine_zero_point": "onnx", "kquant": "gguf"}[scheme.grid]
         raise UnsupportedError(
             f"{entry.name}: compressed-tensors holds the symmetric grid, the plan asks for "
             f'{scheme.grid!r}; set grid = "symmetric", or use {other}'

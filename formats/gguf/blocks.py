@@ -12,16 +12,16 @@ from numba import njit
 from numpy.typing import NDArray
 
 from lfmq.formats.build import Bytes
-from lfmq.quant.types import SUPERBLOCK, Grid, Quantized
+from lfmq.quant.types import KQUANT_BLOCK, Grid, Quantized
 
 BLOCK = 32  # weights of a Q4_0 or Q8_0 block, and of a sub-block of Q4_K and Q5_K
 
 QUANT_TYPES: dict[tuple[Grid, int], GGMLQuantizationType] = {
     ("symmetric", 4): GGMLQuantizationType.Q4_0,
     ("symmetric", 8): GGMLQuantizationType.Q8_0,
-    ("superblock", 4): GGMLQuantizationType.Q4_K,
-    ("superblock", 5): GGMLQuantizationType.Q5_K,
-    ("superblock", 6): GGMLQuantizationType.Q6_K,
+    ("kquant", 4): GGMLQuantizationType.Q4_K,
+    ("kquant", 5): GGMLQuantizationType.Q5_K,
+    ("kquant", 6): GGMLQuantizationType.Q6_K,
 }
 
 
@@ -40,7 +40,7 @@ def pack_q8_0(q: Quantized) -> Bytes:
 
 
 def pack_q4_k(q: Quantized) -> Bytes:
-    """block_q4_K: d, dmin, 12 bytes of steps and shifts, then 128 of codes.
+    """block_q4_K: d, dmin, 12 bytes of sub_scales and sub_mins, then 128 of codes.
 
     Sub-blocks 2c and 2c + 1 share the bytes 32 c to 32 c + 31, the first in the low nibble.
     """
@@ -63,14 +63,14 @@ def pack_q5_k(q: Quantized) -> Bytes:
 
 
 def pack_q6_k(q: Quantized) -> Bytes:
-    """block_q6_K: 128 bytes of low nibbles, 64 of high pairs of bits, 16 int8 steps, then d.
+    """block_q6_K: 128 bytes of low nibbles, 64 of high pairs of bits, 16 int8 sub_scales, then d.
 
     Of each half of 128 weights, runs of 32: the first two have the low nibbles of 64 bytes, the
     other two the high ones; of 32 bytes of pairs the first run has the lowest.
     """
     blocks = np.empty((q.scale.size, 210), np.uint8)
     _fill_q6_k(q.codes.reshape(-1, 2, 4, BLOCK), blocks)
-    blocks[:, 192:208] = _codes_of(q.step, SUPERBLOCK // q.scheme.group)
+    blocks[:, 192:208] = _codes_of(q.sub_scale, KQUANT_BLOCK // q.scheme.group)
     blocks[:, 208:] = q.scale.reshape(-1, 1).view(np.uint8)
     return blocks.reshape(-1)
 
@@ -78,18 +78,18 @@ def pack_q6_k(q: Quantized) -> Bytes:
 def _scales(q: Quantized) -> NDArray[np.uint8]:
     """The first 16 bytes of block_q4_K and block_q5_K, [blocks, 16].
 
-    d and dmin; then six bits of each step and shift: those of sub-blocks 0 to 3 in the low six
-    of eight bytes, of 4 to 7 the low four in four more bytes and the rest above those eight.
+    d and dmin; then six bits of each sub_scale and sub_min: those of sub-blocks 0 to 3 in the low
+    six of eight bytes, of 4 to 7 the low four in four more bytes and the rest above those eight.
     """
     if q.offset is None:
         raise ValueError(f"a weight of {q.scheme} has no offsets")
-    step, shift = _codes_of(q.step, 8), _codes_of(q.shift, 8)
-    found = np.empty((len(step), 16), np.uint8)
+    sub_scale, sub_min = _codes_of(q.sub_scale, 8), _codes_of(q.sub_min, 8)
+    found = np.empty((len(sub_scale), 16), np.uint8)
     found[:, :2] = q.scale.reshape(-1, 1).view(np.uint8)
     found[:, 2:4] = q.offset.reshape(-1, 1).view(np.uint8)
-    found[:, 4:8] = step[:, :4] | (step[:, 4:] >> 4 << 6)
-    found[:, 8:12] = shift[:, :4] | (shift[:, 4:] >> 4 << 6)
-    found[:, 12:] = (step[:, 4:] & 15) | (shift[:, 4:] << 4)
+    found[:, 4:8] = sub_scale[:, :4] | (sub_scale[:, 4:] >> 4 << 6)
+    found[:, 8:12] = sub_min[:, :4] | (sub_min[:, 4:] >> 4 << 6)
+    found[:, 12:] = (sub_scale[:, 4:] & 15) | (sub_min[:, 4:] << 4)
     return found
 
 

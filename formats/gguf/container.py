@@ -30,7 +30,7 @@ from lfmq.formats.gguf.names import name_map, split_expert, tensor_name
 from lfmq.formats.gguf.reader import open_reader as open_reader
 from lfmq.formats.plan import Entry, Plan, Role
 from lfmq.quant.errors import UnsupportedError
-from lfmq.quant.types import SUPERBLOCK, Scheme, Storage
+from lfmq.quant.types import KQUANT_BLOCK, Scheme, Storage
 
 NAME = "gguf"
 SUFFIX = ".gguf"
@@ -101,11 +101,11 @@ def _check_entry(entry: Entry) -> None:
     scheme = entry.scheme
     if scheme is None:
         return
-    if scheme.grid == "superblock":
+    if scheme.grid == "kquant":
         _check_superblocks(entry, scheme)
         return
     if scheme.grid != "symmetric":
-        other = "mlx" if scheme.grid == "affine" else "onnx"
+        other = "mlx" if scheme.grid == "affine_bias" else "onnx"
         raise UnsupportedError(
             f"{entry.name}: GGUF's Q4_0 and Q8_0 blocks have a scale and no offset, the plan asks "
             f'for the grid {scheme.grid!r}; set grid = "symmetric", or use {other}'
@@ -125,10 +125,10 @@ def _check_superblocks(entry: Entry, scheme: Scheme) -> None:
             f"{entry.name}: gguf is written with K-quants of 4, 5 and 6 bits, the plan asks for "
             f"{scheme.bits}; set one of these"
         )
-    if entry.shape[-1] % SUPERBLOCK:
+    if entry.shape[-1] % KQUANT_BLOCK:
         raise UnsupportedError(
             f"{entry.name}: rows of {entry.shape[-1]} weights, K-quants hold blocks of "
-            f'{SUPERBLOCK}; set grid = "symmetric" with bits = 8 (Q8_0) for it'
+            f'{KQUANT_BLOCK}; set grid = "symmetric" with bits = 8 (Q8_0) for it'
         )
 
 

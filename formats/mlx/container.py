@@ -47,7 +47,7 @@ NAME = "mlx"
 SUFFIX = "-mlx"
 WIDTHS: WidthScope = "stack"
 # Bits of a code by grid.
-GRIDS: dict[Grid, tuple[int, ...]] = {"symmetric": (4, 8), "affine": (4, 5, 6, 8)}
+GRIDS: dict[Grid, tuple[int, ...]] = {"symmetric": (4, 8), "affine_bias": (4, 5, 6, 8)}
 GROUPS = (32, 64, 128)
 
 # Activations take the dtype of norms and scales; the router's scores decide in float32.
@@ -100,10 +100,10 @@ def _check_entry(entry: Entry) -> None:
     if entry.role in FLOAT_ROLES:
         raise UnsupportedError(f"{entry.name}: {scheme} asked for, mlx keeps it as floats")
     if scheme.grid not in GRIDS:
-        other = "gguf" if scheme.grid == "superblock" else "onnx"
+        other = "gguf" if scheme.grid == "kquant" else "onnx"
         raise UnsupportedError(
-            f"{entry.name}: mlx holds the symmetric and the affine grid, the plan asks for "
-            f'{scheme.grid!r}; set grid = "affine", or use {other}'
+            f"{entry.name}: mlx holds the grids symmetric and affine_bias, the plan asks for "
+            f'{scheme.grid!r}; set grid = "affine_bias", or use {other}'
         )
     if scheme.bits not in GRIDS[scheme.grid]:
         raise UnsupportedError(

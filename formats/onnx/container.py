@@ -31,7 +31,7 @@ from lfmq.quant.errors import UnsupportedError
 NAME = "onnx"
 SUFFIX = "-onnx"
 WIDTHS: WidthScope = "expert"
-GRIDS = ("symmetric", "asymmetric")
+GRIDS = ("symmetric", "affine_zero_point")
 BITS = (4, 8)
 GROUPS = (32, 64, 128)
 # a page: what runtimes map at a time (onnx.proto, external_data); smaller tensors share pages
@@ -84,10 +84,10 @@ def _check_entry(entry: Entry) -> None:
     if entry.role in FLOAT_ROLES:
         raise UnsupportedError(f"{entry.name}: {scheme} asked for, onnx keeps it as floats")
     if scheme.grid not in GRIDS:
-        other = "gguf" if scheme.grid == "superblock" else "mlx"
+        other = "gguf" if scheme.grid == "kquant" else "mlx"
         raise UnsupportedError(
-            f"{entry.name}: onnx holds the symmetric and the asymmetric grid, the plan asks for "
-            f'{scheme.grid!r}; set grid = "asymmetric", or use {other}'
+            f"{entry.name}: onnx holds the grids symmetric and affine_zero_point, the plan asks "
+            f'for {scheme.grid!r}; set grid = "affine_zero_point", or use {other}'
         )
     if scheme.bits not in BITS:
         raise UnsupportedError(

@@ -177,7 +177,7 @@ class GraphBuilder:
             ("codes", np.uint8, codes, pack_weights),
             ("scale", np.float32, groups, pack_scale),
         ]
-        if scheme.grid == "asymmetric":
+        if scheme.grid == "affine_zero_point":
             packed = (*groups[:-1], zero_nbytes(groups[-1], scheme.bits))
             parts.append(("zero", np.uint8, packed, pack_zero))
         for part, dtype, shape, pack in parts:

@@ -69,7 +69,7 @@ class OnnxReader:
         for index in _QUANTIZED_INPUTS.get(node.op_type, ()):
             bits = facts["expert_weight_bits" if node.op_type == "QMoE" else "bits"]
             codes = node.input[index]
-            grid: Grid = "asymmetric" if _zero_name(codes) in node.input else "symmetric"
+            grid: Grid = "affine_zero_point" if _zero_name(codes) in node.input else "symmetric"
             self._schemes[codes] = Scheme(bits, facts["block_size"], grid)
         if node.op_type in ("QMoE", "MoE"):
             wide, narrow = (2, 5) if node.op_type == "QMoE" else (2, 4)
@@ -129,7 +129,7 @@ class OnnxReader:
     def _dequantize(self, name: str, row: int | None = None) -> NDArray[np.float32]:
         scheme = self._schemes[name]
         names = [name, f"{name.removesuffix('.codes')}.scale"]
-        if scheme.grid == "asymmetric":
+        if scheme.grid == "affine_zero_point":
             names.append(_zero_name(name))
         codes, scale, *zero = (
             self._array(n) if row is None else self._array(n)[row] for n in names

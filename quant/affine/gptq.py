@@ -49,7 +49,7 @@ class OffsetState(GridState):
         self._code = np.empty((shape[1] // scheme.group, shape[0], scheme.group), np.float32)
         self._scale = np.empty(self._code.shape[:2], np.float32)
         self._offset = np.empty_like(self._scale)
-        self._affine, self._top = scheme.grid == "affine", np.float32(scheme.highest_code)
+        self._affine, self._top = scheme.grid == "affine_bias", np.float32(scheme.highest_code)
 
     def values(self) -> F32:
         """The weights [N, K] that the codes stand for."""

@@ -39,7 +39,7 @@ def quantize_rows(w: F32 | NDArray[np.uint16], h: F32, scheme: Scheme) -> Quanti
         w,
         h,
         scheme.group,
-        scheme.grid == "affine",
+        scheme.grid == "affine_bias",
         np.float32(scheme.highest_code),
         SPANS[scheme.grid, scheme.bits],
         MOVES[scheme.grid, scheme.bits],
@@ -55,7 +55,7 @@ def quantize_rows(w: F32 | NDArray[np.uint16], h: F32, scheme: Scheme) -> Quanti
 
 def stored_offset(offset: F32, scheme: Scheme) -> NDArray[np.float16] | NDArray[np.uint8]:
     """Offsets in the type of their grid, which holds them exactly."""
-    return offset.astype(np.float16) if scheme.grid == "affine" else offset.astype(np.uint8)
+    return offset.astype(np.float16) if scheme.grid == "affine_bias" else offset.astype(np.uint8)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")

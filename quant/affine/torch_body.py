@@ -44,7 +44,7 @@ def _round_columns(
     """Codes [N, K], scales and offsets [N, G] of a weight [N, K], which is used up."""
     group, key = scheme.group, (scheme.grid, scheme.bits)
     spans, moves = SPANS[key].tolist(), torch.from_numpy(MOVES[key]).to(w.device)
-    search = _search_affine if scheme.grid == "affine" else _search_zero
+    search = _search_affine if scheme.grid == "affine_bias" else _search_zero
     code = torch.empty_like(w)
     scale = w.new_empty(len(w), w.shape[1] // group)
     offset = torch.empty_like(scale)
@@ -65,7 +65,7 @@ def _round_columns(
 
 def _base(s: torch.Tensor, o: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     """What code 0 stands for."""
-    return o if scheme.grid == "affine" else -s * o
+    return o if scheme.grid == "affine_bias" else -s * o
 
 
 def _round_group(
@@ -176,11 +176,11 @@ def _descend_group(
     scheme: Scheme,
 ) -> torch.Tensor:
     """Refit a group's scale and offset, then each code; returns its weights' change, [N, g]."""
-    p = q if scheme.grid == "affine" else q - o[:, None]
+    p = q if scheme.grid == "affine_bias" else q - o[:, None]
     hp = p @ h
     curves = ((p * hp).sum(1), hp.sum(1), h.sum())
     slopes = (-(p * g).sum(1), -g.sum(1))
-    refit = _refit_affine if scheme.grid == "affine" else _refit_zero
+    refit = _refit_affine if scheme.grid == "affine_bias" else _refit_zero
     new_s, new_o = refit(s, o, slopes, curves, scheme.highest_code)
     before = _base(s, o, scheme)
     change = q * (new_s - s)[:, None] + (_base(new_s, new_o, scheme) - before)[:, None]

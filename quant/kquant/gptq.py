@@ -51,7 +51,7 @@ from lfmq.quant.simd import (
     store_columns,
     where_above,
 )
-from lfmq.quant.types import SUPERBLOCK, Quantized, Scheme
+from lfmq.quant.types import KQUANT_BLOCK, Quantized, Scheme
 
 F32 = NDArray[np.float32]
 
@@ -71,10 +71,10 @@ class SuperblockState(GridState):
 
     def __init__(self, scheme: Scheme, shape: tuple[int, ...]) -> None:
         super().__init__(scheme)
-        self.columns, self.block = _COLUMNS, SUPERBLOCK
+        self.columns, self.block = _COLUMNS, KQUANT_BLOCK
         rows, count = shape[0], shape[1] // _COLUMNS
         self._code = np.empty((count, rows, _COLUMNS), np.float32)
-        self._pair = np.empty((shape[1] // SUPERBLOCK, 2, rows), np.float32)
+        self._pair = np.empty((shape[1] // KQUANT_BLOCK, 2, rows), np.float32)
         self._each = _COLUMNS // scheme.group
         self._step = np.zeros((count, self._each, rows), np.float32)
         self._shift = np.zeros_like(self._step)
@@ -86,7 +86,7 @@ class SuperblockState(GridState):
 
     def values(self) -> F32:
         """The weights [N, K] that the codes stand for."""
-        pair = np.repeat(self._pair, SUPERBLOCK // _COLUMNS, 0)[:, :, None]
+        pair = np.repeat(self._pair, KQUANT_BLOCK // _COLUMNS, 0)[:, :, None]
         size, below = self._widen(pair[:, 0] * self._step), self._widen(pair[:, 1] * self._shift)
         return by_rows(self._code * size - below)
 
@@ -104,7 +104,7 @@ class SuperblockState(GridState):
         """Choose steps and shifts of 32 columns and round them."""
         found = _round_columns(
             w, factor, cost, self._signed, self._top, self._spans, self._moves,
-            self._pair[index * _COLUMNS // SUPERBLOCK],
+            self._pair[index * _COLUMNS // KQUANT_BLOCK],
             self._code[index], self._step[index], self._shift[index], error,
         )  # fmt: skip
         return bool(found)
@@ -113,7 +113,7 @@ class SuperblockState(GridState):
         self, index: int, gradient: torch.Tensor, h: torch.Tensor
     ) -> torch.Tensor | None:
         """Refit d and dmin of a superblock."""
-        parts = slice(index * SUPERBLOCK // _COLUMNS, (index + 1) * SUPERBLOCK // _COLUMNS)
+        parts = slice(index * KQUANT_BLOCK // _COLUMNS, (index + 1) * KQUANT_BLOCK // _COLUMNS)
         code = torch.from_numpy(by_rows(self._code[parts]))
         step, shift = (
             torch.from_numpy(by_rows(self._widen(codes[parts])))
@@ -126,7 +126,7 @@ class SuperblockState(GridState):
         """Refit steps, shifts and codes of 32 columns."""
         _descend_columns(
             gradient, h, self._signed, self._top,
-            self._pair[index * _COLUMNS // SUPERBLOCK],
+            self._pair[index * _COLUMNS // KQUANT_BLOCK],
             self._code[index], self._step[index], self._shift[index], change,
         )  # fmt: skip
 
@@ -147,14 +147,14 @@ class SuperblockState(GridState):
 @njit(nogil=True, cache=True, error_model="numpy")
 def _search_block(w, h, signed, top, spans, moves, pair):  # type: ignore[no-untyped-def] # pragma: no cover
     """Fill in d and dmin [2, N] of a superblock [N, 256] with importance h [256]."""
-    x = np.zeros((SUPERBLOCK, LANES), np.float32)
+    x = np.zeros((KQUANT_BLOCK, LANES), np.float32)
     found = np.zeros((2, LANES), np.float32)
     steps = np.zeros((STEPS, LANES), np.float32)
     shifts = np.zeros((STEPS, LANES), np.float32)
     work = np.zeros((WORK, LANES), np.float32)
     sound = True
     for row in range(0, w.shape[0], LANES):
-        for j in range(0, SUPERBLOCK, 2 * LANES):
+        for j in range(0, KQUANT_BLOCK, 2 * LANES):
             load_columns(w, row, j, x, j)
         sound = search(x, h, signed, top, spans, moves, found, steps, shifts, work) and sound
         for i in range(2):

@@ -36,7 +36,7 @@ from lfmq.quant.simd import (
     where_above,
     where_within,
 )
-from lfmq.quant.types import SUPERBLOCK
+from lfmq.quant.types import KQUANT_BLOCK
 
 ZERO, ONE = np.float32(0), np.float32(1)
 LARGEST = np.float32(65504)  # largest float16
@@ -367,7 +367,7 @@ def choose_codes(x, signed, top, scale, step, shift, codes):  # type: ignore[no-
     """Fill in codes, scratch [256, 16] of whole numbers from 0, under the scales of a search."""
     zero, one, group = splat(ZERO), splat(ONE), 16 if signed else 32
     low = splat(-top - ONE) if signed else zero
-    for g in range(SUPERBLOCK // group):
+    for g in range(KQUANT_BLOCK // group):
         inverse = ratio(one, load(scale, 0) * load(step, g))
         base = (load(scale, 1) * load(shift, g)) * inverse if not signed else zero
         for j in range(g * group, (g + 1) * group):

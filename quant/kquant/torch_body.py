@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from lfmq.quant.kquant.search import MOVES, SPANS, TARGETS
 from lfmq.quant.torch_math import LARGEST, divide, half, inverse_of
-from lfmq.quant.types import SUPERBLOCK, Quantized, Scheme
+from lfmq.quant.types import KQUANT_BLOCK, Quantized, Scheme
 
 # As in lfmq.quant.kquant.search.
 _FLAT = 2.0**-25
@@ -70,7 +70,7 @@ class _State:
 
     def values(self) -> T:
         """The weights [N, K]."""
-        group, each = self.scheme.group, SUPERBLOCK // self.scheme.group
+        group, each = self.scheme.group, KQUANT_BLOCK // self.scheme.group
         size = self.d.repeat_interleave(each, 1) * self.step
         below = self.dmin.repeat_interleave(each, 1) * self.shift
         return self.code * size.repeat_interleave(group, 1) - below.repeat_interleave(group, 1)
@@ -86,7 +86,7 @@ def quantize_rows(
     """
     weight = torch.from_numpy(w).to(h.device)
     rows, columns = weight.shape
-    blocks, groups = columns // SUPERBLOCK, columns // scheme.group
+    blocks, groups = columns // KQUANT_BLOCK, columns // scheme.group
     shapes = (columns, groups, groups, blocks, blocks)
     state = _State(scheme, *(weight.new_zeros(rows, n) for n in shapes))
     _round_columns(weight.clone(), factor, state)
@@ -104,9 +104,9 @@ def _round_columns(w: T, factor: T, state: _State) -> None:
     sound = torch.ones((), dtype=torch.bool, device=w.device)
     costs = 1 / factor.diagonal().square()
     for index in range(state.step.shape[1]):
-        part, block = state.columns(index), index * state.scheme.group // SUPERBLOCK
-        if part.start % SUPERBLOCK == 0:
-            whole = slice(part.start, part.start + SUPERBLOCK)
+        part, block = state.columns(index), index * state.scheme.group // KQUANT_BLOCK
+        if part.start % KQUANT_BLOCK == 0:
+            whole = slice(part.start, part.start + KQUANT_BLOCK)
             _search_block(w[:, whole], costs[whole] / costs[whole].mean(), state, block)
         x, u = w[:, part], factor[part, part]
         sound &= (x.abs() <= LARGEST).all()
@@ -211,13 +211,13 @@ def _fit_signed(x: T, h: T, state: _State) -> tuple[T, T]:
 def _descend(w: T, h: T, state: _State, sweeps: int) -> None:
     """Coordinate descent on scales and codes under moments h [K, K], in place."""
     group = state.scheme.group
-    each = SUPERBLOCK // group
+    each = KQUANT_BLOCK // group
     gradient = (state.values() - w) @ h  # [N, K], half of it
     for index in list(range(state.step.shape[1])) * sweeps:
         part, block = state.columns(index), index // each
         d, dmin = state.d[:, block], state.dmin[:, block]
         if index % each == 0:
-            whole, mine = slice(part.start, part.start + SUPERBLOCK), slice(index, index + each)
+            whole, mine = slice(part.start, part.start + KQUANT_BLOCK), slice(index, index + each)
             step, shift = (
                 codes[:, mine].repeat_interleave(group, 1) for codes in (state.step, state.shift)
             )

@@ -1,4 +1,4 @@
-"""GPTQ's two steps on one group of columns, for the portable grid (``lfmq.quant.gptq``).
+"""GPTQ's two steps on one group of columns, for the symmetric grid (``lfmq.quant.gptq``).
 
 With g the gradient and H the moments of a group of levels q and scale s, a step ds of the scale
 changes the loss by ``ds^2 q'Hq + 2 ds q'g``, and a weight's best level is ``q - g / (s H[j, j])``.

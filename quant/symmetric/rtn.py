@@ -1,4 +1,4 @@
-"""Round to nearest on the portable grid; ``lfmq.quant.symmetric.search`` has the search."""
+"""Round to nearest on the symmetric grid; ``lfmq.quant.symmetric.search`` has the search."""
 
 import numpy as np
 from numba import njit

@@ -1,4 +1,4 @@
-"""The search for a group's scale on the portable grid, sixteen rows at a time.
+"""The search for a group's scale on the symmetric grid, sixteen rows at a time.
 
 For a group ``x`` of one row with importance ``h`` the scale minimizes ``sum h (x - s q)^2`` over
 candidates that put the largest weight at level ``-t``; for the codes of a candidate the best real

@@ -36,15 +36,15 @@ def inputs(problem_size) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def moments(inputs) -> gptq.Moments:
+def moments(inputs) -> gptq.FactorizedHessian:
     return gptq.factorize(inputs.T @ inputs)
 
 
 @pytest.fixture(scope="module")
-def damped_loss() -> Callable[[np.ndarray, np.ndarray, gptq.Moments], float]:
+def damped_loss() -> Callable[[np.ndarray, np.ndarray, gptq.FactorizedHessian], float]:
     """tr((Q - W) H (Q - W)^T) of W and Q under the moments that the algorithm is given."""
 
-    def loss(w: np.ndarray, values: np.ndarray, moments: gptq.Moments) -> float:
+    def loss(w: np.ndarray, values: np.ndarray, moments: gptq.FactorizedHessian) -> float:
         d = torch.from_numpy(values - w).double()
         return float(((d @ moments.damped.double()) * d).sum())
 

@@ -30,12 +30,12 @@ group = 32
 K_QUANTS = """
 [[rule]]
 bits = 4
-grid = "superblock"
+grid = "kquant"
 
 [[rule]]
 roles = ["attention", "embedding"]
 bits = 6
-grid = "superblock"
+grid = "kquant"
 """
 RECIPES = {"floats": FLOATS, "k-quants": K_QUANTS}
 

@@ -189,7 +189,7 @@ def test_llama_cpps_types_are_those_of_its_quantizer(lfm25, recipe, bits):
         if entry.scheme is None or entry.expert not in (None, 31):
             continue
         short = entry.name.removeprefix("model.").removesuffix(".weight")
-        assert entry.scheme.grid == "superblock"
+        assert entry.scheme.grid == "kquant"
         assert entry.scheme.bits == (6 if short in wide else bits), entry.name
 
 
@@ -217,4 +217,4 @@ def test_groups_that_do_not_divide_a_row_are_refused(tiny_config):
 
 def test_superblocks_that_do_not_divide_a_row_are_refused(tiny_config):
     with pytest.raises(PlanError, match=r"rows of 128 .* groups of 256; .*Q8_0"):
-        plan_of(tiny_config, '[[rule]]\nbits = 6\ngrid = "superblock"')
+        plan_of(tiny_config, '[[rule]]\nbits = 6\ngrid = "kquant"')

@@ -127,7 +127,7 @@ def test_errors_of_grids_are_those_of_the_weights(sample, statistics):
 
     for scheme, found in errors.items():
         assert found == pytest.approx(error(scheme) / error(MEASURED), rel=0.1)
-    assert errors[Scheme(4, 64)] > 1 > errors[Scheme(4, 32, "affine")] > errors[Scheme(8)]
+    assert errors[Scheme(4, 64)] > 1 > errors[Scheme(4, 32, "affine_bias")] > errors[Scheme(8)]
 
 
 def test_threads_do_not_matter(sample, windows, statistics, tmp_path):
@@ -153,6 +153,21 @@ def test_file_round_trip(sample, statistics, tmp_path):
         name = "model.layers.2.feed_forward.experts.0.w2.weight"
         assert file.get_tensor(f"{name}.sums").shape == (sample.config.moe_intermediate_size,)
         assert file.get_tensor(f"{name}.loss").tolist() == [statistics.losses[name]]
+
+
+def test_a_file_with_the_names_that_grids_had_before(sample, statistics, tmp_path):
+    path, old = tmp_path / "new.safetensors", tmp_path / "old.safetensors"
+    save_statistics(path, statistics)
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + size].decode()
+    for now, before in (("affine_bias", "affine"), ("kquant", "superblock")):
+        assert now in header
+        header = header.replace(now, before)
+    header = header.replace("affine_zero_point", "asymmetric")
+    header += " " * (-len(header) % 8)
+    old.write_bytes(len(header).to_bytes(8, "little") + header.encode() + content[8 + size :])
+    assert load_statistics(old, sample.config).grids == statistics.grids
 
 
 def test_merging_halves_gives_the_whole(sample, windows, statistics):

@@ -15,7 +15,7 @@ from lfmq.quant.rtn import quantize
 from lfmq.quant.types import Quantized, Scheme, dequantize
 
 U8 = NDArray[np.uint8]
-SCHEMES = (Scheme(4, 32, "superblock"), Scheme(5, 32, "superblock"), Scheme(6, 16, "superblock"))
+SCHEMES = (Scheme(4, 32, "kquant"), Scheme(5, 32, "kquant"), Scheme(6, 16, "kquant"))
 BYTES = {4: 144, 5: 176, 6: 210}
 HALVES = {4: (0, 2), 5: (0, 2), 6: (208,)}  # where the float16 values of a block are
 
@@ -72,7 +72,7 @@ def test_any_legal_bytes(scheme: Scheme, seed: int, ggml: ctypes.CDLL) -> None:
     for at in HALVES[scheme.bits]:
         block[at + 1] = block[at + 1] if block[at + 1] & 0x7C != 0x7C else 0xBB  # finite
     q = unpack(block, scheme)
-    np.testing.assert_array_equal(PACKERS[QUANT_TYPES["superblock", scheme.bits]](q), block)
+    np.testing.assert_array_equal(PACKERS[QUANT_TYPES["kquant", scheme.bits]](q), block)
     assert_all_decode_the_same(block, q, ggml)
 
 
@@ -83,7 +83,7 @@ def test_quantized_weights(scheme: Scheme, seed: int, rows: int, ggml: ctypes.CD
     rng = np.random.default_rng(seed)
     w = rng.standard_normal((rows, 768)) * np.exp(rng.normal(-4, 3, (rows, 1)))
     q = quantize(np.clip(w, -65504, 65504).astype(np.float32), scheme)
-    packed = PACKERS[QUANT_TYPES["superblock", scheme.bits]](q)
+    packed = PACKERS[QUANT_TYPES["kquant", scheme.bits]](q)
     assert packed.size == rows * 3 * BYTES[scheme.bits]
     assert_all_decode_the_same(packed, q, ggml)
 
@@ -91,9 +91,9 @@ def test_quantized_weights(scheme: Scheme, seed: int, rows: int, ggml: ctypes.CD
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_what_a_block_needs(scheme: Scheme) -> None:
     q = quantize(np.ones((1, 256), np.float32), scheme)
-    packer = PACKERS[QUANT_TYPES["superblock", scheme.bits]]
+    packer = PACKERS[QUANT_TYPES["kquant", scheme.bits]]
     with pytest.raises(ValueError, match="codes for the scales"):
         packer(Quantized(q.codes, q.scale, scheme, q.offset))
     if scheme.has_offset:
         with pytest.raises(ValueError, match="no offsets"):
-            packer(Quantized(q.codes, q.scale, scheme, None, q.step, q.shift))
+            packer(Quantized(q.codes, q.scale, scheme, None, q.sub_scale, q.sub_min))

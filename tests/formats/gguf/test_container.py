@@ -237,17 +237,17 @@ def test_refuses_superblocks_it_cannot_hold(
     config: ModelConfig, assets: Assets, make_plan: Callable[..., Plan]
 ) -> None:
     with pytest.raises(UnsupportedError, match=r"rows of 128 weights.* 256.*Q8_0"):
-        gguf.check(make_plan(config, shared=Scheme(4, 32, "superblock")), assets)
+        gguf.check(make_plan(config, shared=Scheme(4, 32, "kquant")), assets)
     with pytest.raises(UnsupportedError, match="4, 5 and 6 bits, the plan asks for 3"):
-        gguf.check(make_plan(config, shared=Scheme(3, 16, "superblock")), assets)
+        gguf.check(make_plan(config, shared=Scheme(3, 16, "kquant")), assets)
 
 
 @pytest.mark.parametrize("name", ["mlx", "onnx", "compressed-tensors"])
 def test_other_formats_point_here_for_superblocks(
     name: str, config: ModelConfig, assets: Assets, make_plan: Callable[..., Plan]
 ) -> None:
-    plan = make_plan(config, shared=Scheme(6, 16, "superblock"))
-    with pytest.raises(UnsupportedError, match=r"'superblock'; .*use gguf"):
+    plan = make_plan(config, shared=Scheme(6, 16, "kquant"))
+    with pytest.raises(UnsupportedError, match=r"'kquant'; .*use gguf"):
         FORMATS[name].check(plan, assets)
 
 

@@ -89,7 +89,7 @@ def test_mlx_reads_and_computes_the_same_values(
     affine: RandomWeight,
     transformers_model: Callable[..., Any],
 ) -> None:
-    scheme = Scheme(bits, group, "affine")
+    scheme = Scheme(bits, group, "affine_bias")
     plan = make_plan(replace(tiny_config, **SIZES), experts=scheme, shared=scheme)
     assets = replace(tiny_assets, config_json=tiny_assets.config_json | SIZES)
     path = write(tmp_path / "a-mlx", plan, assets, affine)
@@ -122,13 +122,13 @@ def test_mlx_reads_and_computes_the_same_values(
     assert np.abs(np.array(model(mx.array(ids))) - expected).max() < FLOAT32_LOGITS
 
 
-WEIGHT = Entry("model.some.weight", (1, 32), Role.ATTENTION, 0, None, Scheme(4, 32, "affine"))
+WEIGHT = Entry("model.some.weight", (1, 32), Role.ATTENTION, 0, None, Scheme(4, 32, "affine_bias"))
 
 
 def test_golden_bytes_of_a_row() -> None:
     codes = np.arange(32, dtype=np.uint8)[None] % 16
     half = np.array([[0.5]], np.float16)
-    q = Quantized(codes, half, Scheme(4, 32, "affine"), np.array([[-3.25]], np.float16))
+    q = Quantized(codes, half, Scheme(4, 32, "affine_bias"), np.array([[-3.25]], np.float16))
     assert mlx._pack_codes(WEIGHT, q).tobytes().hex() == "1032547698badcfe" * 2
     assert mlx._pack_scales(WEIGHT, q).tobytes().hex() == "0038"  # 0.5
     assert mlx._pack_biases(WEIGHT, q).tobytes().hex() == "80c2"  # -3.25
@@ -143,7 +143,7 @@ def test_golden_bytes_of_a_row() -> None:
 def test_mlx_dequantizes_any_finite_grid_exactly(bits: int, group: int, seed: int) -> None:
     """Scales and offsets of every finite float16, subnormals too, in float32 arithmetic."""
     rng = np.random.default_rng(seed)
-    scheme = Scheme(bits, group, "affine")
+    scheme = Scheme(bits, group, "affine_bias")
     codes = rng.integers(0, 2**bits, (2, 2 * group), dtype=np.uint8)
     scale, offset = rng.integers(0, 0x7C00, (2, 2, 2), dtype=np.uint16).view(np.float16)
     offset = offset * rng.choice([-1, 1], offset.shape).astype(np.float16)
@@ -157,18 +157,18 @@ def test_mlx_dequantizes_any_finite_grid_exactly(bits: int, group: int, seed: in
 @pytest.mark.parametrize(
     ("container", "bits", "grid", "message"),
     [
-        (gguf, 4, "affine", r"no offset.*'affine'.*symmetric.*or use mlx"),
-        (gguf, 5, "affine", r"no offset.*'affine'.*symmetric.*or use mlx"),
-        (gguf, 4, "asymmetric", r"no offset.*'asymmetric'.*symmetric.*or use onnx"),
+        (gguf, 4, "affine_bias", r"no offset.*'affine_bias'.*symmetric.*or use mlx"),
+        (gguf, 5, "affine_bias", r"no offset.*'affine_bias'.*symmetric.*or use mlx"),
+        (gguf, 4, "affine_zero_point", r"no offset.*'affine_zero_point'.*symmetric.*or use onnx"),
         (gguf, 6, "symmetric", "gguf has no symmetric 6-bit block"),
-        (onnx, 5, "affine", r"'affine'.*asymmetric.*or use mlx"),
-        (onnx, 5, "asymmetric", r"4 or 8 bits.* asks for 5"),
-        (compressed_tensors, 4, "affine", "symmetric grid.*'affine'"),
-        (compressed_tensors, 6, "affine", "symmetric grid.*'affine'"),
-        (compressed_tensors, 4, "asymmetric", "symmetric grid.*'asymmetric'"),
-        (mlx, 4, "asymmetric", r"'asymmetric'.*affine.*or use onnx"),
+        (onnx, 5, "affine_bias", r"'affine_bias'.*asymmetric.*or use mlx"),
+        (onnx, 5, "affine_zero_point", r"4 or 8 bits.* asks for 5"),
+        (compressed_tensors, 4, "affine_bias", "symmetric grid.*'affine_bias'"),
+        (compressed_tensors, 6, "affine_bias", "symmetric grid.*'affine_bias'"),
+        (compressed_tensors, 4, "affine_zero_point", "symmetric grid.*'affine_zero_point'"),
+        (mlx, 4, "affine_zero_point", r"'affine_zero_point'.*affine.*or use onnx"),
         (mlx, 5, "symmetric", "4 or 8 bits on the symmetric grid.* asks for 5"),
-        (mlx, 3, "affine", "4, 5, 6 or 8 bits on the affine grid.* asks for 3"),
+        (mlx, 3, "affine_bias", "4, 5, 6 or 8 bits on the affine_bias grid.* asks for 3"),
     ],
 )
 def test_other_containers_refuse_the_grid(

@@ -34,7 +34,7 @@ EXACT = 2e-5
 INT8_ACTIVATIONS = 5e-2
 # the switch ONNX Runtime 1.32 reads when a session is made; "fp32" keeps activations as floats
 QMOE_GEMM = "ORT_QMOE_CPU_QNBIT_GEMM"
-SCHEMES = [Scheme(bits, group, "asymmetric") for bits in (4, 8) for group in (32, 64, 128)]
+SCHEMES = [Scheme(bits, group, "affine_zero_point") for bits in (4, 8) for group in (32, 64, 128)]
 # rows that every group divides, of an odd number of groups too
 SIZES: dict[str, Any] = {"intermediate_size": 384, "moe_intermediate_size": 128}
 IDS = np.random.default_rng(5).integers(5, 320, (1, 24))
@@ -150,7 +150,7 @@ def test_experts_without_the_switch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv(QMOE_GEMM, raising=False)
-    made = build(experts=Scheme(bits, 32, "asymmetric"))
+    made = build(experts=Scheme(bits, 32, "affine_zero_point"))
     assert_logits(made, transformers_model, tolerance)
 
 
@@ -159,13 +159,13 @@ def test_grids_of_single_experts(
 ) -> None:
     """Experts of either grid and of floats in one layer, a QMoE for each."""
     monkeypatch.setenv(QMOE_GEMM, "fp32")
-    storages = {1: Scheme(4), 3: Scheme(8, 32, "asymmetric"), 4: "float32"}
+    storages = {1: Scheme(4), 3: Scheme(8, 32, "affine_zero_point"), 4: "float32"}
     overrides = {
         f"model.layers.2.feed_forward.experts.{e}.{w}.weight": storage
         for e, storage in storages.items()
         for w in ("w1", "w2", "w3")
     }
-    made = build(experts=Scheme(4, 64, "asymmetric"), overrides=overrides)
+    made = build(experts=Scheme(4, 64, "affine_zero_point"), overrides=overrides)
     assert_weights(made[0], made[2])
     assert_logits(made, transformers_model, EXACT)
 
@@ -173,7 +173,7 @@ def test_grids_of_single_experts(
 @pytest.mark.parametrize("bits", [4, 8])
 def test_bytes_mean_what_the_operators_document(bits: int, build: Build) -> None:
     """The formula of ONNX Runtime's ContribOperators.md, one bit field at a time."""
-    path, _, weights = build(shared=Scheme(bits, 128, "asymmetric"))
+    path, _, weights = build(shared=Scheme(bits, 128, "affine_zero_point"))
     model = onnx.load(path / "model.onnx")
     raw = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
 
@@ -193,12 +193,12 @@ def test_bytes_mean_what_the_operators_document(bits: int, build: Build) -> None
 
 
 def test_golden_bytes_of_zero_points() -> None:
-    scheme = Scheme(4, 32, "asymmetric")
+    scheme = Scheme(4, 32, "affine_zero_point")
     zero = np.array([[1, 2, 15], [4, 0, 6]], np.uint8)
     q = Quantized(np.zeros((2, 96), np.uint8), np.ones((2, 3), np.float16), scheme, zero)
     assert pack_zero(q).tobytes().hex() == "210f" + "0406"
     assert pack_zero(q, q).tobytes().hex() == "210f210f" + "04060406"
-    eight = Quantized(q.codes, q.scale, Scheme(8, 32, "asymmetric"), zero)
+    eight = Quantized(q.codes, q.scale, Scheme(8, 32, "affine_zero_point"), zero)
     assert pack_zero(eight).tobytes() == zero.tobytes()
 
 
@@ -206,7 +206,7 @@ def test_golden_bytes_of_zero_points() -> None:
 @settings(max_examples=50, deadline=None)
 def test_packing_is_lossless(bits: int, groups: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    scheme = Scheme(bits, 32, "asymmetric")
+    scheme = Scheme(bits, 32, "affine_zero_point")
     codes = rng.integers(0, 2**bits, (3, 32 * groups), dtype=np.uint8)
     zero = rng.integers(0, 2**bits, (3, groups), dtype=np.uint8)
     q = Quantized(codes, rng.random((3, groups)).astype(np.float16), scheme, zero)
@@ -220,6 +220,8 @@ def test_packing_is_lossless(bits: int, groups: int, seed: int) -> None:
 def test_the_affine_grid_is_refused(
     tiny_config: ModelConfig, tiny_assets: Assets, make_plan: MakePlan
 ) -> None:
-    plan = make_plan(tiny_config, shared=Scheme(4, 64, "affine"))
-    with pytest.raises(UnsupportedError, match=r"embed_tokens.*'affine'.*asymmetric.*or use mlx"):
+    plan = make_plan(tiny_config, shared=Scheme(4, 64, "affine_bias"))
+    with pytest.raises(
+        UnsupportedError, match=r"embed_tokens.*'affine_bias'.*affine_zero_point.*or use mlx"
+    ):
         onnx_format.check(plan, tiny_assets)

@@ -15,9 +15,13 @@ from lfmq.quant.types import (
     dequantize,
 )
 
-GRIDS: tuple[Grid, ...] = ("affine", "asymmetric")
+GRIDS: tuple[Grid, ...] = ("affine_bias", "affine_zero_point")
 SCHEMES = [Scheme(b, g, grid) for grid in GRIDS for b, g in ((4, 32), (4, 64), (4, 128), (8, 64))]
-SCHEMES += [Scheme(5, 32, "affine"), Scheme(5, 64, "affine"), Scheme(6, 64, "affine")]
+SCHEMES += [
+    Scheme(5, 32, "affine_bias"),
+    Scheme(5, 64, "affine_bias"),
+    Scheme(6, 64, "affine_bias"),
+]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
@@ -52,7 +56,7 @@ def base(q: Quantized, column: int) -> tuple[np.ndarray, np.ndarray]:
     """Scale s and b of a column's group, with w = s q + b."""
     index = column // q.scheme.group
     s, o = q.scale[:, index].astype(np.float64), offset(q)[:, index].astype(np.float64)
-    return s, o if q.scheme.grid == "affine" else -s * o
+    return s, o if q.scheme.grid == "affine_bias" else -s * o
 
 
 def plain(w, moments, scheme) -> np.ndarray:
@@ -101,7 +105,7 @@ def test_no_single_change_lowers_the_loss_after_many_sweeps(grid, weight, moment
     curve = np.array([blocks[i, :, i].sum() for i in range(8)])
     slope = gradient.reshape(37, 8, 32).sum(-1)
     for direction in (-1, 1):
-        if grid == "affine":
+        if grid == "affine_bias":
             moved = np.nextafter(offset(q), np.float16(direction * np.inf)).astype(np.float64)
             change = moved - offset(q)
             legal = np.ones_like(change, bool)
@@ -119,7 +123,7 @@ def test_codes_scales_and_offsets_are_legal(scheme, weight, moments):
     assert q.codes.dtype == np.uint8
     assert q.codes.max() <= scheme.highest_code
     assert q.scale.dtype == np.float16
-    assert offset(q).dtype == (np.float16 if scheme.grid == "affine" else np.uint8)
+    assert offset(q).dtype == (np.float16 if scheme.grid == "affine_bias" else np.uint8)
     assert q.scale.shape == offset(q).shape == (37, 256 // scheme.group)
     assert (q.scale > 0).all()
     assert np.isfinite(q.scale).all()
@@ -152,7 +156,7 @@ def test_rows_of_one_value(grid, value, moments):
     """Zeros stay zeros; another float16 is exact where the offset is a float."""
     w = np.full((3, 256), value, np.float32)
     values = dequantize(gptq.quantize(w, moments, Scheme(4, 64, grid)))
-    if grid == "affine" or value == 0:
+    if grid == "affine_bias" or value == 0:
         np.testing.assert_array_equal(values, w)
     assert np.abs(values - w).max() < 1e-3
 

@@ -22,7 +22,7 @@ from lfmq.quant.types import (
 
 F32 = NDArray[np.float32]
 ZERO, ONE = np.float32(0), np.float32(1)
-GRIDS: tuple[Grid, ...] = ("affine", "asymmetric")
+GRIDS: tuple[Grid, ...] = ("affine_bias", "affine_zero_point")
 CASES = tuple(SPANS)  # grids with their bits
 LARGEST = float(np.finfo(np.float16).max)
 
@@ -114,13 +114,13 @@ def definition(w: F32, scheme: Scheme, importance: F32 | None) -> Quantized:
     h = np.ones_like(x)
     if importance is not None:
         h = np.broadcast_to(importance, w.shape).reshape(-1, scheme.group).astype(np.float32)
-    search = affine if scheme.grid == "affine" else asymmetric
+    search = affine if scheme.grid == "affine_bias" else asymmetric
     s, offset = search(x, h, scheme)
-    b = offset if scheme.grid == "affine" else -s * offset
+    b = offset if scheme.grid == "affine_bias" else -s * offset
     codes = np.rint((x - b[:, None]) * ratio(np.ones_like(s), s)[:, None])
     codes = np.clip(codes, 0, scheme.highest_code).astype(np.uint8)
     shape = (*w.shape[:-1], w.shape[-1] // scheme.group)
-    stored = offset.astype(np.float16 if scheme.grid == "affine" else np.uint8)
+    stored = offset.astype(np.float16 if scheme.grid == "affine_bias" else np.uint8)
     return Quantized(
         codes.reshape(w.shape), s.astype(np.float16).reshape(shape), scheme, stored.reshape(shape)
     )
@@ -172,7 +172,7 @@ def test_error_is_bounded_by_the_step(grid: Grid, bits: int, w: F32) -> None:
     assert np.isfinite(q.offset).all()
     groups = w.reshape(3, 2, 32)
     low, high = groups.min(-1, keepdims=True), groups.max(-1, keepdims=True)
-    if grid == "asymmetric":
+    if grid == "affine_zero_point":
         low, high = np.minimum(low, 0), np.maximum(high, 0)
     error = np.abs(dequantize(q).astype(np.float64).reshape(groups.shape) - groups)
     # the candidate with the most levels cuts a quarter of the range off, the regression may move
@@ -196,7 +196,7 @@ def test_less_squared_error_than_mlx(bits: int, group: int, sample_folder: Path)
         packed = mx.quantize(mx.array(w), group_size=group, bits=bits)
         theirs = np.array(mx.dequantize(*packed, group_size=group, bits=bits))
         loss = np.square(theirs - w).sum()
-        for grid, share in (("affine", 0.9), ("asymmetric", 0.98)):
+        for grid, share in (("affine_bias", 0.9), ("affine_zero_point", 0.98)):
             if (grid, bits) in SPANS:
                 ours = dequantize(quantize(w, Scheme(bits, group, grid)))  # type: ignore[arg-type]
                 assert np.square(ours - w).sum() < share * loss
@@ -245,7 +245,7 @@ def test_constant_groups(grid: Grid, value: float) -> None:
     assert q.codes.shape == w.shape
     assert q.offset is not None
     assert q.scale.shape == q.offset.shape == (3, 2, 1)
-    rounding = 0 if grid == "affine" or value == 0 else abs(value) * 2**-10 + 2**-24
+    rounding = 0 if grid == "affine_bias" or value == 0 else abs(value) * 2**-10 + 2**-24
     np.testing.assert_allclose(dequantize(q), w, rtol=0, atol=rounding)
 
 

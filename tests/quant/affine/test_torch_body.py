@@ -7,9 +7,9 @@ from lfmq.quant import gptq
 from lfmq.quant.affine.torch_body import quantize_rows
 from lfmq.quant.types import Grid, Scheme, dequantize
 
-GRIDS: tuple[Grid, ...] = ("affine", "asymmetric")
+GRIDS: tuple[Grid, ...] = ("affine_bias", "affine_zero_point")
 SCHEMES = [Scheme(b, g, grid) for grid in GRIDS for b, g in ((4, 32), (4, 64), (8, 64))]
-SCHEMES += [Scheme(5, 32, "affine"), Scheme(6, 64, "affine")]
+SCHEMES += [Scheme(5, 32, "affine_bias"), Scheme(6, 64, "affine_bias")]
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from lfmq.quant import gptq, rtn
-from lfmq.quant.types import SUPERBLOCK, Scheme, dequantize
+from lfmq.quant.types import KQUANT_BLOCK, Scheme, dequantize
 
-SCHEMES = [Scheme(b, g, "superblock") for b, g in ((4, 32), (5, 32), (6, 16))]
+SCHEMES = [Scheme(b, g, "kquant") for b, g in ((4, 32), (5, 32), (6, 16))]
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +39,11 @@ def test_columns_make_up_for_those_before(scheme, weight, moments):
     superblock's codes are the plain algorithm's only when every product between blocks is right.
     """
     q = gptq.quantize(weight, moments, scheme, sweeps=0)
-    assert q.step is not None
-    size = np.repeat(q.scale, SUPERBLOCK // scheme.group, 1).astype(np.float64) * q.step
+    assert q.sub_scale is not None
+    size = np.repeat(q.scale, KQUANT_BLOCK // scheme.group, 1).astype(np.float64) * q.sub_scale
     base = np.zeros_like(size)
-    if q.offset is not None and q.shift is not None:
-        base = -np.repeat(q.offset, SUPERBLOCK // scheme.group, 1).astype(np.float64) * q.shift
+    if q.offset is not None and q.sub_min is not None:
+        base = -np.repeat(q.offset, KQUANT_BLOCK // scheme.group, 1).astype(np.float64) * q.sub_min
     size, base = (np.repeat(v, scheme.group, 1) for v in (size, base))
     zero = 0 if scheme.has_offset else scheme.zero_point
     w, u = weight.astype(np.float64), moments.factor.double().numpy()
@@ -56,20 +56,20 @@ def test_columns_make_up_for_those_before(scheme, weight, moments):
         value = (q.codes[:, c].astype(np.float64) - zero) * size[:, c] + base[:, c]
         w[:, c + 1 :] -= np.outer((w[:, c] - value) / u[c, c], u[c, c + 1 :])
     # float32 sums decide a value at the boundary of two codes otherwise
-    assert np.mean(same[:SUPERBLOCK]) > 0.999
-    assert np.mean(same[SUPERBLOCK:]) > 0.999
+    assert np.mean(same[:KQUANT_BLOCK]) > 0.999
+    assert np.mean(same[KQUANT_BLOCK:]) > 0.999
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_no_single_change_lowers_the_loss_after_many_sweeps(scheme, weight, moments):
     """Coordinate descent ends where each code and step is the best with all others fixed."""
     q = gptq.quantize(weight, moments, scheme, sweeps=60)
-    assert q.step is not None
+    assert q.sub_scale is not None
     values, h = dequantize(q), moments.damped.numpy().astype(np.float64)
     gradient = (values - weight).astype(np.float64) @ h
-    each, groups = SUPERBLOCK // scheme.group, weight.shape[1] // scheme.group
+    each, groups = KQUANT_BLOCK // scheme.group, weight.shape[1] // scheme.group
     d = np.repeat(q.scale, each, 1).astype(np.float64)
-    size = np.repeat(d * q.step, scheme.group, 1)
+    size = np.repeat(d * q.sub_scale, scheme.group, 1)
     zero = 0 if scheme.has_offset else scheme.zero_point
     low, high = (0, 63) if scheme.has_offset else (-128, 127)
     levels = (q.codes.astype(np.float64) - zero).reshape(len(weight), groups, -1)
@@ -85,7 +85,7 @@ def test_no_single_change_lowers_the_loss_after_many_sweeps(scheme, weight, mome
             [((along[:, i] @ blocks[i, :, i]) * along[:, i]).sum(1) for i in range(groups)], 1
         )
         gain = 2 * (along * gradient.reshape(levels.shape)).sum(-1) + curve
-        step = q.step.astype(int) + direction
+        step = q.sub_scale.astype(int) + direction
         legal = (step >= low) & (step <= high)
         assert (gain[legal] > -1e-3 * np.abs(gain[legal]).mean()).mean() > 0.98
 
@@ -93,21 +93,21 @@ def test_no_single_change_lowers_the_loss_after_many_sweeps(scheme, weight, mome
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_codes_and_scales_are_legal(scheme, weight, moments):
     q = gptq.quantize(weight, moments, scheme)
-    assert q.step is not None
+    assert q.sub_scale is not None
     assert q.codes.dtype == np.uint8
     assert q.codes.max() <= scheme.highest_code
     assert q.scale.dtype == np.float16
     assert q.scale.shape == (37, 2)
     assert np.isfinite(q.scale).all()
-    assert q.step.dtype == np.int8
-    assert q.step.shape == (37, 512 // scheme.group)
+    assert q.sub_scale.dtype == np.int8
+    assert q.sub_scale.shape == (37, 512 // scheme.group)
     if scheme.has_offset:
         assert q.offset is not None
-        assert q.shift is not None
+        assert q.sub_min is not None
         assert q.offset.dtype == np.float16
         assert (q.offset >= 0).all()
-        assert q.step.min() >= 0
-        assert 0 <= q.shift.min() <= q.shift.max() <= 63
+        assert q.sub_scale.min() >= 0
+        assert 0 <= q.sub_min.min() <= q.sub_min.max() <= 63
     again = gptq.quantize(weight, moments, scheme)
     for one, other in zip(q.arrays(), again.arrays(), strict=True):
         np.testing.assert_array_equal(one, other)

@@ -22,7 +22,7 @@ from lfmq.quant.types import Quantized, Scheme, dequantize
 F32 = NDArray[np.float32]
 ZERO, ONE = np.float32(0), np.float32(1)
 FAR, SAME = np.float32(3e38), np.float32(2.0**-16)
-SCHEMES = (Scheme(4, 32, "superblock"), Scheme(5, 32, "superblock"), Scheme(6, 16, "superblock"))
+SCHEMES = (Scheme(4, 32, "kquant"), Scheme(5, 32, "kquant"), Scheme(6, 16, "kquant"))
 KINDS = {
     4: GGMLQuantizationType.Q4_K,
     5: GGMLQuantizationType.Q5_K,
@@ -223,15 +223,15 @@ def definition(w: F32, scheme: Scheme, importance: F32 | None) -> tuple[F32, ...
 
 def assert_equal(found: Quantized, expected: tuple[F32, ...]) -> None:
     codes, d, dmin, step, shift = expected
-    assert found.step is not None
+    assert found.sub_scale is not None
     np.testing.assert_array_equal(found.scale.reshape(-1), d)
-    np.testing.assert_array_equal(found.step.reshape(step.shape), step)
+    np.testing.assert_array_equal(found.sub_scale.reshape(step.shape), step)
     np.testing.assert_array_equal(found.codes.reshape(codes.shape), codes)
     if found.scheme.has_offset:
         assert found.offset is not None
-        assert found.shift is not None
+        assert found.sub_min is not None
         np.testing.assert_array_equal(found.offset.reshape(-1), dmin)
-        np.testing.assert_array_equal(found.shift.reshape(shift.shape), shift)
+        np.testing.assert_array_equal(found.sub_min.reshape(shift.shape), shift)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
@@ -263,11 +263,11 @@ def test_any_weights_stay_sound(scheme: Scheme, w: F32) -> None:
     q = quantize(w, scheme)
     assert all(np.isfinite(a).all() for a in q.arrays())
     assert q.codes.max() <= scheme.highest_code
-    assert q.step is not None
-    if q.offset is not None and q.shift is not None:
+    assert q.sub_scale is not None
+    if q.offset is not None and q.sub_min is not None:
         assert (q.offset >= 0).all()
-        assert min(q.step.min(), q.shift.min()) >= 0
-        assert max(q.step.max(), q.shift.max()) <= 63
+        assert min(q.sub_scale.min(), q.sub_min.min()) >= 0
+        assert max(q.sub_scale.max(), q.sub_min.max()) <= 63
     # Never worse than zeros but for what float16's smallest step costs, 63 codes of 31 levels.
     error = np.square(dequantize(q) - w, dtype=np.float64).sum(1)
     assert (

@@ -7,7 +7,7 @@ from lfmq.quant import gptq
 from lfmq.quant.kquant.torch_body import quantize_rows
 from lfmq.quant.types import Scheme, dequantize
 
-SCHEMES = [Scheme(b, g, "superblock") for b, g in ((4, 32), (5, 32), (6, 16))]
+SCHEMES = [Scheme(b, g, "kquant") for b, g in ((4, 32), (5, 32), (6, 16))]
 
 
 @pytest.fixture(scope="module")
