@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from lfmq.converter.model.forward import Model, check_ids, feed_forward, mix_tokens, normed
+from lfmq.converter.model.blocks import Block, Inner, model_blocks
+from lfmq.converter.model.forward import Model, check_ids, normed, run_block
+from lfmq.converter.model.tensors import EMBEDDING, FINAL_NORM
 from lfmq.formats.plan import ModelConfig
 
-_EMBEDDING = "model.embed_tokens.weight"
-_NORM = "model.embedding_norm.weight"
 # Room for that many more tokens when a cache is made; a full one grows by half.
 _FIRST_ROOM = 64
 
@@ -54,7 +54,8 @@ class Decoder:
     def __init__(self, model: Model) -> None:
         self._model = model
         self._lengths = torch.zeros(0, dtype=torch.int64)  # [W], tokens so far
-        self._memory: list[torch.Tensor] = []  # by layer, see _empty_memory
+        self._blocks = [block for layer in model_blocks(model.config) for block in layer]
+        self._memory: dict[Block, torch.Tensor] = {}  # of blocks that mix tokens: _empty_memory
 
     @torch.inference_mode()
     def start(self, prompts: Sequence[NDArray[np.int64]]) -> torch.Tensor:
@@ -70,11 +71,11 @@ class Decoder:
         ids = np.zeros((len(prompts), int(counts.max())), np.int64)
         for row, prompt in zip(ids, prompts, strict=True):
             row[: len(prompt)] = prompt
-        g = self._model.config
-        check_ids(g, ids)
+        check_ids(self._model.config, ids)
         self._lengths = torch.zeros_like(counts)
         room = (len(prompts), ids.shape[1] + _FIRST_ROOM)
-        self._memory = [_empty_memory(self._model, i, *room) for i in range(g.num_hidden_layers)]
+        mixers = (block for block in self._blocks if block.mixes_tokens)
+        self._memory = {block: _empty_memory(self._model, block, *room) for block in mixers}
         return self._advance(ids, counts)
 
     @torch.inference_mode()
@@ -93,40 +94,41 @@ class Decoder:
         if not rows.all():
             chosen = torch.from_numpy(rows)
             self._lengths = self._lengths[chosen]
-            self._memory = [m[chosen.to(m.device)] for m in self._memory]
+            self._memory = {b: m[chosen.to(m.device)] for b, m in self._memory.items()}
 
     def _advance(self, ids: NDArray[np.int64], counts: torch.Tensor) -> torch.Tensor:
         """Run ids [W, S], of which each sequence fills the first ``counts`` [W]."""
         model, columns = self._model, ids.shape[1]
-        table = model.weight(_EMBEDDING)
+        table = model.weight(EMBEDDING)
         filled = (torch.arange(columns) < counts[:, None]).to(model.device)  # [W, S]
         states = table[torch.from_numpy(ids).to(model.device)]
-        for layer, memory in enumerate(self._memory):
-            past = _Remembered(memory, self._lengths, counts)
-            states = mix_tokens(model, layer, states, past=past)
-            tokens, _ = feed_forward(model, layer, states[filled][None])
-            states[filled] = tokens[0]
+        for block in self._blocks:
+            if block.mixes_tokens:
+                past = _Remembered(self._memory[block], self._lengths, counts)
+                states, _ = run_block(model, block, states, past=past)
+            else:
+                tokens, _ = run_block(model, block, states[filled][None])
+                states[filled] = tokens[0]
         self._lengths = self._lengths + counts
         last = states[torch.arange(len(ids)), (counts - 1).to(model.device)]
-        return F.linear(normed(model, _NORM, last[None]), table).float()
+        return F.linear(normed(model, FINAL_NORM, last[None]), table).float()
 
     def _make_room(self, columns: int) -> None:
         needed = int(self._lengths.max()) + columns
-        for layer in self._model.config.attention_layers:
-            memory = self._memory[layer]
-            room = memory.shape[3]
+        for block, memory in self._memory.items():
+            room = memory.shape[3] if block.inner is Inner.ATTENTION else needed
             if needed > room:
-                self._memory[layer] = F.pad(memory, (0, 0, 0, max(needed - room, room // 2)))
+                self._memory[block] = F.pad(memory, (0, 0, 0, max(needed - room, room // 2)))
 
 
-def _empty_memory(model: Model, layer: int, sequences: int, columns: int) -> torch.Tensor:
+def _empty_memory(model: Model, block: Block, sequences: int, columns: int) -> torch.Tensor:
     """Of a convolution its last inputs [W, H, L - 1], of attention keys and values.
 
     The latter are [W, 2, kv heads, C, head_dim].
     """
     g = model.config
     shape: tuple[int, ...] = (g.hidden_size, g.conv_L_cache - 1)
-    if g.layer_types[layer] != "conv":
+    if block.inner is Inner.ATTENTION:
         shape = (2, g.num_key_value_heads, columns, g.head_dim)
     return torch.zeros((sequences, *shape), dtype=model.dtype, device=model.device)
 

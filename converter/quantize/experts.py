@@ -3,7 +3,7 @@
 T tokens of the layer, n of them routed to the expert, H hidden size, I inner size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,8 +11,11 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from lfmq.converter.model.blocks import Block
 from lfmq.converter.model.forward import ReadWeight, Routing
+from lfmq.converter.model.inner import apply_inner
 from lfmq.converter.quantize.settings import QUOTA, ExpertCoverage, Settings
+from lfmq.formats.plan import ModelConfig
 from lfmq.quant import gptq, rtn
 from lfmq.quant.errors import ValidationError
 from lfmq.quant.linalg import regression, ridge_factor, second_moments
@@ -37,7 +40,8 @@ class LayerInputs:
     """What a layer's experts share.
 
     Attributes:
-        layer: of the model.
+        config: the model's facts.
+        block: that sends tokens to them.
         x: [T, H], normed hidden states of the quantized stream.
         wanted: [T, H], those of the reference.
         routing: of the quantized stream.
@@ -46,13 +50,18 @@ class LayerInputs:
         settings: what calibration does.
     """
 
-    layer: int
+    config: ModelConfig
+    block: Block
     x: torch.Tensor
     wanted: torch.Tensor
     routing: Routing
     target: Routing
     pooled: torch.Tensor
     settings: Settings
+
+    def inner(self, x: torch.Tensor, readers: Sequence[torch.Tensor]) -> torch.Tensor:
+        """What an expert with these weights [I, H] makes of tokens [n, H] for its last, [n, I]."""
+        return apply_inner(self.block.inner, self.config, [F.linear(x, w) for w in readers])
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,40 +88,39 @@ class FinishedExpert:
 def quantize_expert(
     inputs: LayerInputs, expert: int, read: ReadWeight, quantize: QuantizeWeight
 ) -> FinishedExpert:
-    """Quantize gate and up for the expert's tokens, then down for what these make of them."""
-    prefix = f"model.layers.{inputs.layer}.feed_forward.experts.{expert}."
-    gate, up, down = (f"{prefix}{part}.weight" for part in ("w1", "w3", "w2"))
-    w1, w3, w2 = (
-        torch.from_numpy(np.array(read(name))).to(inputs.x.device) for name in (gate, up, down)
+    """Quantize what reads the expert's tokens, then what writes for what these make of them."""
+    branch = inputs.block.branches[expert]
+    *readers, writer = (
+        torch.from_numpy(np.array(read(name))).to(inputs.x.device) for name in branch.weights
     )
     token, affinity = inputs.routing.tokens_of(expert)
     token_wanted, affinity_wanted = inputs.target.tokens_of(expert)
     # nearly all tokens of one stream are the other's too: what the reference makes of both at once
     both = torch.cat((token, token_wanted)).unique()
     ideal = inputs.wanted[both]
-    ideal_inner = gated(ideal, w1, w3)
+    ideal_inner = inputs.inner(ideal, readers)
     own = torch.searchsorted(both, token)
     fit = _Fit(inputs, expert, affinity, quantize)
     seen = inputs.x[token]
     fit.prepare(seen, ideal[own], lambda: inputs.pooled)
-    q1, q3 = fit.quantize(gate, w1), fit.quantize(up, w3)
-    inner = gated(seen, q1, q3)
+    found = [fit.quantize(n, w) for n, w in zip(branch.readers, readers, strict=True)]
+    inner = inputs.inner(seen, found)
 
     def pooled() -> torch.Tensor:
         stride = max(_POOL_SHARE, len(inputs.x) // _POOL_TOKENS)
-        sample = gated(inputs.x[::stride], q1, q3)
+        sample = inputs.inner(inputs.x[::stride], found)
         return second_moments(sample).div_(len(sample))
 
     fit.prepare(inner, ideal_inner[own], pooled)
-    y = F.linear(inner, fit.quantize(down, w2)) * affinity[:, None]
-    y_wanted = F.linear(ideal_inner[torch.searchsorted(both, token_wanted)], w2)
+    y = F.linear(inner, fit.quantize(branch.writer, writer)) * affinity[:, None]
+    y_wanted = F.linear(ideal_inner[torch.searchsorted(both, token_wanted)], writer)
     return FinishedExpert(
         fit.weights,
         token,
         y,
         token_wanted,
         y_wanted * affinity_wanted[:, None],
-        fit.coverage(inputs.layer, expert),
+        fit.coverage(inputs.block.layer, expert),
     )
 
 
@@ -129,11 +137,6 @@ def check_moments(moments: torch.Tensor, what: str) -> None:
         )
 
 
-def gated(x: torch.Tensor, w1: torch.Tensor, w3: torch.Tensor) -> torch.Tensor:
-    """silu(w1 x) * w3 x, the inner activations of a feed-forward block."""
-    return F.silu(F.linear(x, w1)).mul_(F.linear(x, w3))
-
-
 class _Fit:
     """Quantizes an expert's weights one input after another and sums up how well it went."""
 
@@ -144,7 +147,7 @@ class _Fit:
         affinity: torch.Tensor,
         quantize: QuantizeWeight,
     ) -> None:
-        self._where = f"the inputs of layer {inputs.layer}, expert {expert}"
+        self._where = f"the inputs of layer {inputs.block.layer}, expert {expert}"
         self._damping = inputs.settings.damping
         self._ridge = inputs.settings.expert_ridge
         self._tokens = len(affinity)

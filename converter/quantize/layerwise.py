@@ -31,21 +31,20 @@ from lfmq.converter.jobs.batches import batches, steady_torch
 from lfmq.converter.jobs.memory import release_freed
 from lfmq.converter.jobs.statefile import StateFile
 from lfmq.converter.jobs.workers import Workers, open_workers
+from lfmq.converter.model.blocks import Block, Router, model_blocks
 from lfmq.converter.model.forward import (
     Model,
+    block_inner,
     embed,
-    feed_forward,
-    mix_tokens,
-    mixer_inner,
-    mixer_out,
     normed,
     route,
+    run_block,
 )
+from lfmq.converter.model.tensors import EMBEDDING, FINAL_NORM
 from lfmq.converter.quantize.experts import (
     FinishedExpert,
     LayerInputs,
     check_moments,
-    gated,
     quantize_expert,
 )
 from lfmq.converter.quantize.rtn import Write, not_finite, quantize_entry
@@ -60,7 +59,6 @@ from lfmq.quant.types import (
     dequantize,
 )
 
-_EMBEDDING = "model.embed_tokens.weight"
 # Every eighth window is held out when a refitted router is judged.
 _HOLD_OUT = 8
 
@@ -141,31 +139,31 @@ class _Run:
         before = self._take_up(state, finished)
         if before is None:
             ids = self._calibration.windows.ids
-            yield from self._plain(_EMBEDDING)
+            yield from self._plain(EMBEDDING)
             self._states, self._wanted = embed(self._model, ids), embed(self._reference, ids)
             first = 0
         else:
             first = before
             yield from self._units_before(first)
-        for layer in range(first, self._model.config.num_hidden_layers):
+        layers = model_blocks(self._model.config)
+        for layer, blocks in list(enumerate(layers))[first:]:
             self._done.clear()
-            prefix = f"model.layers.{layer}."
-            yield from self._mixer(layer, prefix)
-            if layer < self._model.config.num_dense_layers:
-                yield from self._dense(layer, prefix)
-            else:
-                yield from self._routed(layer, prefix)
+            for block in blocks:
+                if block.router is None:
+                    yield from self._shared(block)
+                else:
+                    yield from self._routed(block, block.router)
             if state is not None:
                 tensors = {"states": self._states.cpu(), "wanted": self._wanted.cpu()}
                 state.save(layer + 1, self._calibration.found(), tensors)
-        yield from self._plain("model.embedding_norm.weight")
+        yield from self._plain(FINAL_NORM)
 
     def _units_before(self, layer: int) -> list[tuple[Entry, ...]]:
         """Units that are written before a layer is begun."""
         return [
             unit
             for name, unit in self._units.items()
-            if name == _EMBEDDING or (unit[0].layer is not None and unit[0].layer < layer)
+            if name == EMBEDDING or (unit[0].layer is not None and unit[0].layer < layer)
         ]
 
     def _take_up(self, state: StateFile | None, finished: frozenset[str]) -> int | None:
@@ -211,26 +209,34 @@ class _Run:
         except ValueError as error:
             raise not_finite(self._checkpoint, name, "float16") from error
 
-    # ---- attention and convolution
+    # ---- weights every token reads
 
-    def _mixer(self, layer: int, prefix: str) -> Iterator[tuple[Entry, ...]]:
-        first, floats = ["conv.in_proj"], ["conv.conv"]
-        if self._model.config.layer_types[layer] != "conv":
-            first = [f"self_attn.{p}_proj" for p in "qkv"]
-            floats = ["self_attn.q_layernorm", "self_attn.k_layernorm"]
-        norm, out = prefix + "operator_norm.weight", mixer_out(self._model.config, layer)
-        yield from self._plain(norm, *(f"{prefix}{n}.weight" for n in floats))
-        yield from self._readers([f"{prefix}{n}.weight" for n in first], norm)
-        self._wanted = self._map(lambda p: mix_tokens(self._reference, layer, self._wanted[p]))
-        inner = self._map(lambda p: mixer_inner(self._model, layer, self._states[p]))
-        yield from self._writer(out, lambda p: inner[p].flatten(0, 1))
-        w = self._model.weight(out)
-        self._states = self._map(lambda p: self._states[p] + F.linear(inner[p], w))
+    def _shared(self, block: Block) -> Iterator[tuple[Entry, ...]]:
+        """A block whose one branch all tokens take."""
+        yield from self._plain(block.norm, *block.parameters)
+        yield from self._readers(list(block.branch.readers), block.norm)
+        self._wanted = self._map(lambda p: run_block(self._reference, block, self._wanted[p])[0])
+        inner = self._inner(block)
+        yield from self._writer(block.branch.writer, lambda p: inner(p).flatten(0, 1))
+        w = self._model.weight(block.branch.writer)
+        self._states = self._map(lambda p: self._states[p] + F.linear(inner(p), w))
+
+    def _inner(self, block: Block) -> Callable[[slice], torch.Tensor]:
+        """Inputs [W, S, K] of the weight that writes, by batch.
+
+        Those no wider than the hidden states are held; wider ones are computed at each use.
+        """
+
+        def compute(part: slice) -> torch.Tensor:
+            return block_inner(self._model, block, self._states[part])
+
+        if self._entries[block.branch.writer].shape[-1] > self._model.config.hidden_size:
+            return compute
+        held = self._map(compute)
+        return lambda part: held[part]
 
     def _map(self, function: Callable[[slice], torch.Tensor]) -> torch.Tensor:
         return torch.cat(list(self._workers.map(function, self._parts)))
-
-    # ---- weights every token reads
 
     def _readers(self, names: list[str], norm: str) -> Iterator[tuple[Entry, ...]]:
         """Weights that read a norm: they shall put out what the reference does from its own."""
@@ -301,49 +307,27 @@ class _Run:
         for name, weight in self._workers.map(finish, list(stepped)):
             yield self._finish({name: weight})
 
-    def _dense(self, layer: int, prefix: str) -> Iterator[tuple[Entry, ...]]:
-        norm = prefix + "ffn_norm.weight"
-        yield from self._plain(norm)
-        gate, up, down = (f"{prefix}feed_forward.{p}.weight" for p in ("w1", "w3", "w2"))
-        yield from self._readers([gate, up], norm)
-        self._wanted = self._map(
-            lambda p: feed_forward(self._reference, layer, self._wanted[p])[0]
-        )
-        w1, w3 = self._model.weight(gate), self._model.weight(up)
-
-        def inner(part: slice) -> torch.Tensor:
-            return gated(normed(self._model, norm, self._states[part]), w1, w3)
-
-        yield from self._writer(down, inner)
-        w2 = self._model.weight(down)
-
-        def add(part: slice) -> torch.Tensor:
-            states = self._states[part]
-            return states + F.linear(inner(part), w2).view_as(states)
-
-        self._states = self._map(add)
-
     # ---- router and experts
 
-    def _routed(self, layer: int, prefix: str) -> Iterator[tuple[Entry, ...]]:
-        norm = prefix + "ffn_norm.weight"
-        yield from self._plain(norm)
-        x = self._map(lambda p: normed(self._model, norm, self._states[p]))
-        wanted = self._map(lambda p: normed(self._reference, norm, self._wanted[p]))
-        target = route(self._reference, layer, wanted)
-        if self._model.config.use_expert_bias:
-            yield from self._plain(f"{prefix}feed_forward.expert_bias")
-        yield self._finish({f"{prefix}feed_forward.gate.weight": self._router(layer, x, wanted)})
-        routing = route(self._model, layer, x)
+    def _routed(self, block: Block, router: Router) -> Iterator[tuple[Entry, ...]]:
+        yield from self._plain(block.norm)
+        x = self._map(lambda p: normed(self._model, block.norm, self._states[p]))
+        wanted = self._map(lambda p: normed(self._reference, block.norm, self._wanted[p]))
+        target = route(self._reference, block, wanted)
+        if router.bias is not None:
+            yield from self._plain(router.bias)
+        yield self._finish({router.weight: self._router(block, router.weight, x, wanted)})
+        routing = route(self._model, block, x)
         pooled = second_moments(x).div_(len(x))
-        inputs = LayerInputs(layer, x, wanted, routing, target, pooled, self._settings)
+        inputs = LayerInputs(
+            self._model.config, block, x, wanted, routing, target, pooled, self._settings
+        )
         y, y_wanted = torch.zeros_like(x), torch.zeros_like(x)
-        experts = range(self._model.config.num_experts)
 
         def quantize(expert: int) -> FinishedExpert:
             return quantize_expert(inputs, expert, self._checkpoint.read, self._quantize)
 
-        for found in self._workers.map(quantize, experts):
+        for found in self._workers.map(quantize, range(len(block.branches))):
             y.index_add_(0, found.token, found.y)
             y_wanted.index_add_(0, found.token_wanted, found.y_wanted)
             self._calibration.experts.append(found.coverage)
@@ -352,9 +336,10 @@ class _Run:
         self._states = y.view_as(self._states).add_(self._states)
         self._wanted = y_wanted.view_as(self._wanted).add_(self._wanted)
 
-    def _router(self, layer: int, x: torch.Tensor, wanted: torch.Tensor) -> NDArray[np.float32]:
+    def _router(
+        self, block: Block, name: str, x: torch.Tensor, wanted: torch.Tensor
+    ) -> NDArray[np.float32]:
         """The router, refitted where held-out tokens say that it helps."""
-        name = f"model.layers.{layer}.feed_forward.gate.weight"
         original = quantize_entry(self._checkpoint, self._entries[name])
         assert not isinstance(original, Quantized)
         ridge = self._settings.ridge
@@ -370,11 +355,11 @@ class _Run:
 
         def agreement(gate: NDArray[np.float32]) -> float:
             model = replace(self._model, read=lambda n: gate if n == name else self._read(n))
-            sets = route(model, layer, x[held]).selected.sort(-1).values
-            expected = route(self._reference, layer, wanted[held]).selected.sort(-1).values
+            sets = route(model, block, x[held]).selected.sort(-1).values
+            expected = route(self._reference, block, wanted[held]).selected.sort(-1).values
             return float((sets == expected).all(-1).double().mean())
 
-        step = RouterStep(layer, agreement(original), agreement(refitted))
+        step = RouterStep(block.layer, agreement(original), agreement(refitted))
         self._calibration.routers.append(step)
         return refitted if step.kept else original
 

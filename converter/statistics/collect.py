@@ -22,15 +22,9 @@ from lfmq.converter.jobs.batches import batches, steady_torch
 from lfmq.converter.jobs.memory import release_freed
 from lfmq.converter.jobs.statefile import StateFile
 from lfmq.converter.jobs.workers import Workers, open_workers
-from lfmq.converter.model.forward import (
-    Model,
-    embed,
-    feed_forward,
-    mix_tokens,
-    normed,
-    route,
-)
-from lfmq.converter.model.tensors import expected_tensors
+from lfmq.converter.model.blocks import Block, Router, model_blocks
+from lfmq.converter.model.forward import Model, embed, normed, route, run_block
+from lfmq.converter.model.tensors import EMBEDDING, FINAL_NORM, expected_tensors
 from lfmq.converter.model.text import Windows
 from lfmq.converter.quantize.experts import FinishedExpert, LayerInputs, quantize_expert
 from lfmq.converter.quantize.settings import ExpertCoverage, Settings
@@ -74,7 +68,6 @@ _SETTINGS = Settings(expert_ridge=None)
 
 Progress = Callable[[int, int], None]
 _STREAM = "stream "  # before a stream's name in the saved state
-_EMBEDDING, _FINAL_NORM = "model.embed_tokens.weight", "model.embedding_norm.weight"
 
 
 def collect(
@@ -148,15 +141,15 @@ class _Pass:
         return dequantize(rtn.quantize(values, scheme))
 
     def run(self, progress: Progress | None) -> tuple[Statistics, list[ExpertCoverage]]:
-        layers = self._config.num_hidden_layers
+        layers = model_blocks(self._config)
         first = self._resume()
-        for layer in range(layers):
+        for layer, blocks in enumerate(layers):
             if layer >= first:
-                self._mix(layer)
-                self._feed(layer)
+                for block in blocks:
+                    self._block(block)
                 self._save(layer + 1)
             if progress is not None:
-                progress(1, layers)
+                progress(1, len(layers))
         for name in WHOLE:
             self._errors[name] = _error(self._streams[name], self._states[: self._count])
         statistics = Statistics(
@@ -197,13 +190,13 @@ class _Pass:
     def _begin(self, ids: NDArray[np.int64]) -> None:
         """The streams of all shared weights, and that of the embedding alone."""
         self._streams = {name: embed(model, ids) for name, model in self._rounded.items()}
-        w = self._checkpoint.read(_EMBEDDING)
-        model = overridden(self._model, {_EMBEDDING: dequantize(rtn.quantize(w, MEASURED))})
+        w = self._checkpoint.read(EMBEDDING)
+        model = overridden(self._model, {EMBEDDING: dequantize(rtn.quantize(w, MEASURED))})
         self._streams["embedding"] = embed(model, ids)
         change = _error(self._streams["embedding"], self._states[: self._count])
         self._errors |= {"embedding": change, "head": change}
-        self._losses[_EMBEDDING] = change * self._windows.tokens
-        self._grids[_EMBEDDING] = grid_errors(w, None)
+        self._losses[EMBEDDING] = change * self._windows.tokens
+        self._grids[EMBEDDING] = grid_errors(w, None)
 
     def _save(self, layer: int) -> None:
         if self._file is None:
@@ -264,29 +257,22 @@ class _Pass:
                 add_moments(self._inputs, name, found)
         return torch.cat(states)
 
-    def _mix(self, layer: int) -> None:
-        begin = self._states[: self._count]
-        self._each(lambda model, s: mix_tokens(model, layer, s))
-        self._states = self._watched(lambda s, o: mix_tokens(self._model, layer, s, o))
-        self._shared_part(layer, lambda m, s, o=None: mix_tokens(m, layer, s, o), begin)
-
-    def _feed(self, layer: int) -> None:
-        begin = self._states[: self._count]
-        if layer < self._config.num_dense_layers:
-            self._each(lambda model, s: feed_forward(model, layer, s)[0])
-            self._states = self._watched(lambda s, o: feed_forward(self._model, layer, s, o)[0])
-            self._shared_part(layer, lambda m, s, o=None: feed_forward(m, layer, s, o)[0], begin)
-        else:
-            begun = self._routed(layer)
-            self._each(lambda model, s: feed_forward(model, layer, s)[0])
+    def _block(self, block: Block) -> None:
+        """Move all hidden states on; the block's part of the model gets streams of its own."""
+        if block.router is not None:
+            begun = self._routed(block, block.router)
+            self._each(lambda model, s: run_block(model, block, s)[0])
             self._streams |= begun
+            return
+        begin = self._states[: self._count]
+        self._each(lambda model, s: run_block(model, block, s)[0])
+        self._states = self._watched(lambda s, o: run_block(self._model, block, s, o)[0])
+        self._shared_part(block, begin)
 
-    def _shared_part(
-        self, layer: int, run: Callable[..., torch.Tensor], begin: torch.Tensor
-    ) -> None:
-        """Losses of a layer's mixer or dense feed-forward, and its stream."""
+    def _shared_part(self, block: Block, begin: torch.Tensor) -> None:
+        """Losses of the weights of a block that all tokens go through, and its stream."""
         seen = InputsSeen({})
-        wanted = run(self._model, begin, seen.observe)
+        wanted, _ = run_block(self._model, block, begin, seen.observe)
         factors = seen.factorized(_SETTINGS.damping)
         names = [n for n in factors if n in self._shared_names]
 
@@ -300,35 +286,34 @@ class _Pass:
         self._grids |= {name: errors for name, (_, errors) in found.items()}
         alone = [{name: values} for name, values in weights.items()]
         *each, together = self._workers.map(
-            lambda w: run(overridden(self._model, w), begin), [*alone, weights]
+            lambda w: run_block(overridden(self._model, w), block, begin)[0], [*alone, weights]
         )
         for name, changed in zip(names, each, strict=True):
             self._losses[name] = _error(changed, wanted) * self._windows.tokens
         part = part_of(self._tensors[names[0]])
         self._errors[part], self._streams[part] = _error(together, wanted), together
 
-    def _routed(self, layer: int) -> dict[str, torch.Tensor]:
-        """The layer's experts; returns the streams in which they are rounded."""
-        prefix = f"model.layers.{layer}."
-        norm = prefix + "ffn_norm.weight"
+    def _routed(self, block: Block, router: Router) -> dict[str, torch.Tensor]:
+        """The block's experts; returns the streams in which they are rounded."""
+        parts = self._parts(len(self._states))
         x = torch.cat(
             list(
                 self._workers.map(
-                    lambda p: normed(self._model, norm, self._states[p]),
-                    self._parts(len(self._states)),
+                    lambda p: normed(self._model, block.norm, self._states[p]), parts
                 )
             )
         )
-        self._inputs[prefix + "feed_forward.gate.weight"] = moments_of(x)
-        routing = route(self._model, layer, x)
-        inputs = LayerInputs(layer, x, x, routing, routing, x.T @ x / len(x), _SETTINGS)
+        self._inputs[router.weight] = moments_of(x)
+        routing = route(self._model, block, x)
+        pooled = x.T @ x / len(x)
+        inputs = LayerInputs(self._config, block, x, x, routing, routing, pooled, _SETTINGS)
         y, inner, down = (torch.zeros_like(x) for _ in range(3))
 
         def measure(expert: int) -> tuple[FinishedExpert, MeasuredExpert]:
             found = quantize_expert(inputs, expert, self._checkpoint.read, self._narrow)
             return found, measure_expert(self._model, inputs, expert, found)
 
-        for found, measured in self._workers.map(measure, range(self._config.num_experts)):
+        for found, measured in self._workers.map(measure, range(len(block.branches))):
             y.index_add_(0, found.token_wanted, found.y_wanted)
             inner.index_add_(0, found.token, measured.inner)
             down.index_add_(0, found.token, measured.down)
@@ -341,7 +326,7 @@ class _Pass:
         self._states = y.view_as(self._states).add_(self._states)
         begun, end = {}, self._states[: self._count]
         for kind, change in (("inner", inner), ("down", down)):
-            part = f"{layer}.{kind}"
+            part = f"{block.layer}.{kind}"
             begun[part] = end + change[:tokens].view_as(end)
             self._errors[part] = _error(begun[part], end)
         return begun
@@ -356,10 +341,10 @@ class _Pass:
         first = int(self._windows.ids.shape[1] * _UNSCORED)
 
         def hidden(states: torch.Tensor) -> torch.Tensor:
-            return normed(self._model, _FINAL_NORM, states[:, first:])
+            return normed(self._model, FINAL_NORM, states[:, first:])
 
         wanted = hidden(self._states[: self._count])
-        head = self._model.weight(_EMBEDDING)
+        head = self._model.weight(EMBEDDING)
         order = [*self._streams, "head"]
         # whose head a stream ends in, where it is not the reference's; two at most are held
         ends = {name: name for name in WHOLE} | {"head": "shared at 4 bits"}
@@ -369,7 +354,7 @@ class _Pass:
             states = {n: hidden(self._streams.pop(n)) for n in names if n != "head"}
             if "head" in names:
                 states["head"] = wanted
-            own = head if whole is None else self._rounded[whole].weight(_EMBEDDING)
+            own = head if whole is None else self._rounded[whole].weight(EMBEDDING)
             found |= mean_divergences(self._workers, wanted, head, states, own)
         return {name: found[name] for name in order}
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from lfmq.converter.checkpoint.checkpoint import Checkpoint
 from lfmq.converter.jobs.workers import Workers
 from lfmq.converter.model.forward import Model, ReadWeight
-from lfmq.converter.quantize.experts import FinishedExpert, LayerInputs, gated
+from lfmq.converter.quantize.experts import FinishedExpert, LayerInputs
 from lfmq.converter.quantize.rtn import not_finite
 from lfmq.converter.statistics.input_stats import Moments, importance_of, moments_of
 from lfmq.converter.statistics.statistics import MEASURED, SCHEMES
@@ -94,28 +94,31 @@ def measure_expert(
         expert: its number.
         found: it at ``MEASURED``.
     """
-    gate, up, down = found.weights
-    w1, w3, w2 = (model.weight(n) for n in found.weights)
-    q1, q3, q2 = (_values(found.weights[n], w1) for n in found.weights)
+    branch = inputs.block.branches[expert]
+    weights = {name: model.weight(name) for name in branch.weights}
+    *readers, w_out = weights.values()
     token, affinity = inputs.routing.tokens_of(expert)
     x = inputs.x[token]
-    inner = gated(x, w1, w3)
+    inner = inputs.inner(x, readers)
     seen = moments_of(x, affinity)
-    moments = {gate: seen, up: seen, down: moments_of(inner, affinity)}
-    changes = {
-        gate: F.linear(gated(x, q1, w3) - inner, w2) * affinity[:, None],
-        up: F.linear(gated(x, w1, q3) - inner, w2) * affinity[:, None],
-        down: F.linear(inner, q2 - w2) * affinity[:, None],
-    }
+    moments = dict.fromkeys(branch.readers, seen) | {branch.writer: moments_of(inner, affinity)}
+    changes, change_in = {}, torch.zeros_like(x)
+    for place, name in enumerate(branch.readers):
+        rounded = list(readers)
+        rounded[place] = _values(found.weights[name], w_out)
+        changes[name] = F.linear(inputs.inner(x, rounded) - inner, w_out) * affinity[:, None]
+        change_in += changes[name]
+    change = _values(found.weights[branch.writer], w_out) - w_out
+    changes[branch.writer] = F.linear(inner, change) * affinity[:, None]
     return MeasuredExpert(
         moments,
         {name: float(change.double().square().sum()) for name, change in changes.items()},
         {
             name: grid_errors(w.cpu().numpy(), importance_of(moments[name]))
-            for name, w in ((gate, w1), (up, w3), (down, w2))
+            for name, w in weights.items()
         },
-        changes[gate] + changes[up],
-        changes[down],
+        change_in,
+        changes[branch.writer],
     )
 
 

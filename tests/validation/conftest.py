@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from lfmq.converter.checkpoint.checkpoint import open_checkpoint
-from lfmq.converter.model.forward import Model, embed, feed_forward, mix_tokens, normed
+from lfmq.converter.model.blocks import model_blocks
+from lfmq.converter.model.forward import Model, embed, normed, run_block
 from lfmq.converter.model.text import load_windows
 from lfmq.converter.plan.plan import resolve_plan
 from lfmq.converter.plan.recipe import load_recipe
@@ -86,10 +87,10 @@ def expect() -> Expect:
         part = scored_positions(ids.shape[1])
         states = embed(model, ids)
         inputs, selected = {}, {}
-        for layer in range(reader.config.num_hidden_layers):
-            states = mix_tokens(model, layer, states)
-            x = normed(model, f"model.layers.{layer}.ffn_norm.weight", states)
-            states, routing = feed_forward(model, layer, states)
+        for layer, (mixer, feed_forward) in enumerate(model_blocks(reader.config)):
+            states, _ = run_block(model, mixer, states)
+            x = normed(model, feed_forward.norm, states)
+            states, routing = run_block(model, feed_forward, states)
             if routing is not None:
                 inputs[layer] = x.view_as(states).numpy()
                 selected[layer] = np.sort(routing.selected.view(*ids.shape, -1).numpy(), -1)

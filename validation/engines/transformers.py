@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lfmq.converter.model.blocks import routed_blocks
 from lfmq.formats.compressed_tensors.reader import CompressedTensorsReader, open_reader
 from lfmq.quant.errors import ValidationError
 from lfmq.validation.engines.protocol import EngineRequest, WindowRun
@@ -113,12 +114,11 @@ def _load(path: Path) -> Any:
 
 
 def _has_one_scheme(reader: CompressedTensorsReader) -> bool:
-    g = reader.config
     found = {
-        reader.scheme(f"model.layers.{layer}.feed_forward.experts.{expert}.{part}.weight")
-        for layer in g.moe_layers
-        for expert in range(g.num_experts)
-        for part in ("w1", "w2", "w3")
+        reader.scheme(name)
+        for block, _ in routed_blocks(reader.config).values()
+        for branch in block.branches
+        for name in branch.weights
     }
     return not g.moe_layers or (len(found) == 1 and None not in found)
 

@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from lfmq.converter.model.blocks import Block, Branch, routed_blocks
 from lfmq.converter.model.forward import Model, ReadWeight, embed, normed, run_layer
+from lfmq.converter.model.tensors import EMBEDDING, FINAL_NORM
 from lfmq.validation.measure.predictions import scored_positions
 from lfmq.validation.measure.report import Attribution, ExpertError, LayerDivergence
 from lfmq.validation.measure.runs import Progress, Reference
@@ -20,7 +22,6 @@ from lfmq.validation.measure.runs import Progress, Reference
 # Tokens the streams run over: L + 2 times their hidden states are held.
 STREAM_TOKENS = 8192
 _HEAD_BYTES = 2**26
-_EMBEDDING, _FINAL_NORM = "model.embed_tokens.weight", "model.embedding_norm.weight"
 
 
 @torch.inference_mode()
@@ -37,7 +38,7 @@ def attribute(
     """
     ids = reference.windows.ids
     ids = ids[: max(1, STREAM_TOKENS // ids.shape[1])]
-    layers = model.config.num_hidden_layers
+    layers, routed = model.config.num_hidden_layers, routed_blocks(model.config)
     states, streams, errors = embed(model, ids), [embed(build, ids)], list[ExpertError]()
     for layer in range(layers):
         forked = run_layer(build, layer, states)[0]
@@ -45,8 +46,8 @@ def attribute(
             streams[index] = run_layer(model, layer, stream)[0]
         streams.append(forked)
         states = run_layer(model, layer, states)[0]
-        if layer in reference.choices.selected:
-            errors += _expert_errors(reference, model.read, build.read, layer)
+        if layer in routed:
+            errors += _expert_errors(reference, model.read, build.read, routed[layer][0])
         if progress is not None:
             progress(1, layers)
     klds = _divergences(reference, model, build, states, streams)
@@ -65,12 +66,12 @@ def _divergences(
 
     The streams are used up: each is replaced by its final hidden states.
     """
-    head, own = reference.predictor.head, build.weight(_EMBEDDING)
+    head, own = reference.predictor.head, build.weight(EMBEDDING)
     part = scored_positions(states.shape[1])
     step = max(1, _HEAD_BYTES // (4 * head.shape[0]))
 
     def hidden(x: torch.Tensor) -> torch.Tensor:
-        return normed(model, _FINAL_NORM, x[:, part])
+        return normed(model, FINAL_NORM, x[:, part])
 
     wanted = hidden(states)
     sums = np.zeros(len(streams))
@@ -86,21 +87,19 @@ def _divergences(
 
 
 def _expert_errors(
-    reference: Reference, read: ReadWeight, read_build: ReadWeight, layer: int
+    reference: Reference, read: ReadWeight, read_build: ReadWeight, block: Block
 ) -> list[ExpertError]:
-    chosen = reference.choices.selected[layer].reshape(-1)
-    tokens = np.bincount(chosen, minlength=reference.num_experts)
+    chosen = reference.choices.selected[block.layer].reshape(-1)
+    tokens = np.bincount(chosen, minlength=len(block.branches))
     return [
-        ExpertError(layer, expert, int(tokens[expert]), _error(read, read_build, layer, expert))
-        for expert in range(reference.num_experts)
+        ExpertError(block.layer, expert, int(tokens[expert]), _error(read, read_build, branch))
+        for expert, branch in enumerate(block.branches)
     ]
 
 
-def _error(read: ReadWeight, read_build: ReadWeight, layer: int, expert: int) -> float:
-    prefix = f"model.layers.{layer}.feed_forward.experts.{expert}."
+def _error(read: ReadWeight, read_build: ReadWeight, branch: Branch) -> float:
     change = size = 0.0
-    for part in ("w1", "w3", "w2"):
-        name = f"{prefix}{part}.weight"
+    for name in branch.weights:
         w = read(name)
         change += _square(read_build(name) - w)
         size += _square(w)

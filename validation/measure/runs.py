@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lfmq.converter.model.blocks import routed_blocks
 from lfmq.converter.model.forward import Model, Trace, run_model
+from lfmq.converter.model.tensors import EMBEDDING
 from lfmq.converter.model.text import Windows
 from lfmq.formats.plan import ModelConfig
 from lfmq.quant.errors import ValidationError
@@ -36,7 +38,6 @@ from lfmq.validation.measure.routing import (
 
 Progress = Callable[[int, int], None]
 
-_EMBEDDING = "model.embed_tokens.weight"
 # Tokens whose router inputs are kept for the local mode: 0.74 GB on disk for LFM2.5-8B-A1B.
 _LOCAL_TOKENS = 4096
 
@@ -92,9 +93,8 @@ class Recorder:
             )
             for layer in config.moe_layers
         }
-        self._names = {
-            f"model.layers.{layer}.feed_forward.gate.weight": layer for layer in self.inputs
-        }
+        routed = routed_blocks(config)
+        self._names = {router.weight: layer for layer, (_, router) in routed.items()}
 
     def observe(self, names: tuple[str, ...], x: torch.Tensor, _: torch.Tensor | None) -> None:
         """What ``run_model`` shows."""
@@ -123,7 +123,7 @@ def run_reference(
     trace = run_model(model, windows.ids, observe=observe, progress=progress)
     return Reference(
         windows,
-        Predictor(trace.hidden, model.weight(_EMBEDDING)),
+        Predictor(trace.hidden, model.weight(EMBEDDING)),
         _choices(trace, windows.ids),
         {n: _by_window(r.selected, windows.ids) for n, r in trace.routing.items()},
         model.config.num_experts,
@@ -137,7 +137,7 @@ def compare_model(
     """Run a model through the reference forward on the reference's tokens, and compare."""
     ids = reference.windows.ids
     trace = run_model(model, ids, progress=progress)
-    own = Predictor(trace.hidden, model.weight(_EMBEDDING))
+    own = Predictor(trace.hidden, model.weight(EMBEDDING))
     scores = score_positions(reference.predictor, own, ids)
     return _compare(reference, scores, _choices(trace, ids), {})
 

@@ -172,5 +172,5 @@ def test_ids_outside_the_vocabulary_are_refused(model):
 def test_a_sequence_takes_the_bytes_it_says(sample, model):
     decoder = Decoder(model)
     logits = decoder.start([np.arange(1, 37)])
-    held = sum(m.nbytes for m in decoder._memory) + logits.nbytes
+    held = sum(m.nbytes for m in decoder._memory.values()) + logits.nbytes
     assert sequence_nbytes(sample.config, 36 + 64) == held

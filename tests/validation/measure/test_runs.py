@@ -27,6 +27,7 @@ ENGINE = """
 from dataclasses import replace
 import numpy as np
 import torch
+from lfmq.converter.model.blocks import routed_blocks
 from lfmq.converter.model.forward import Model, route, run_model
 from lfmq.formats.registry import FORMATS
 from lfmq.validation.engines.protocol import WindowRun
@@ -50,8 +51,9 @@ def run_windows(request):
             logits = (trace.hidden[0, request.scored] @ head.T).numpy()
             routing = trace.routing
         else:
-            inputs = request.router_inputs.items()
-            routing = {{n: route(model, n, torch.from_numpy(np.array(x[i]))) for n, x in inputs}}
+            inputs, blocks = request.router_inputs.items(), routed_blocks(config)
+            x_of = {{n: torch.from_numpy(np.array(x[i])) for n, x in inputs}}
+            routing = {{n: route(model, blocks[n][0], x) for n, x in x_of.items()}}
         chosen = {{n: r.selected.flip(1).numpy() for n, r in routing.items() if n not in dropped}}
         yield WindowRun(logits, chosen)
 """
