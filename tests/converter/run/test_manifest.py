@@ -18,7 +18,8 @@ def run(folder, output, *formats, **options):
     checkpoint, recipe = open_checkpoint(folder), load_recipe("int4")
     plan = resolve_plan(checkpoint.config, recipe)
     chosen = {name: FORMATS[name] for name in formats}
-    return {b.format: b.path for b in convert(checkpoint, recipe, plan, chosen, output, **options)}
+    made = convert(checkpoint, recipe, plan, chosen, output, **options)
+    return {b.format: b.path for b in made.builds}
 
 
 def manifest_of(output):
