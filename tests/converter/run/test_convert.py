@@ -37,7 +37,7 @@ def test_bytes_do_not_depend_on_threads_or_company(sample, tmp_path):
     run(sample, tmp_path / "b", threads=4)
     together = content(tmp_path / "a")
     assert together == content(tmp_path / "b")
-    for name in reversed(FORMATS):
+    for name in reversed([*FORMATS]):
         run(sample, tmp_path / name, name, threads=3)
         alone = content(tmp_path / name)
         manifest = json.loads(alone.pop("lfm2moe-tiny-int4.manifest.json"))

@@ -30,7 +30,7 @@ def manifest_of(output):
 def test_formats_one_after_another_equal_formats_together(make_checkpoint, tmp_path):
     folder = make_checkpoint()
     together = run(folder, tmp_path / "a", *FORMATS)
-    for name in reversed(FORMATS):
+    for name in reversed([*FORMATS]):
         run(folder, tmp_path / "b", name)
     a, b = manifest_of(tmp_path / "a"), manifest_of(tmp_path / "b")
     assert a.read_bytes() == b.read_bytes()
