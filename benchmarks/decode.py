@@ -37,7 +37,7 @@ from watch import watch
 from lfmq.converter.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from lfmq.converter.plan.plan import resolve_plan
 from lfmq.converter.plan.recipe import load_recipe
-from lfmq.converter.run.convert import plan_builds
+from lfmq.converter.run.planned import plan_builds
 from lfmq.formats.plan import ModelConfig
 from lfmq.formats.registry import FORMATS, detect_format
 

@@ -29,7 +29,7 @@ from lfmq.converter.model.tensors import expected_tensors
 from lfmq.converter.plan.plan import resolve_plan
 from lfmq.converter.plan.recipe import load_recipe
 from lfmq.converter.quantize.rtn import quantize_entry
-from lfmq.converter.run.convert import plan_layouts
+from lfmq.converter.run.planned import plan_layouts
 from lfmq.formats.build import Segment
 from lfmq.formats.gguf.blocks import PACKERS, QUANT_TYPES
 from lfmq.formats.plan import FLOAT_ROLES, Plan

@@ -173,10 +173,10 @@ def ours(
     plan = resolve_plan(sample.config, recipe)
     found: dict[str, Weight] = {}
     if windows is None:
-        units = nearest_units(sample, plan, found.update, threads=2)
+        units = nearest_units(sample, plan, found.update)
     else:
         calibration = Calibration(windows, settings or Settings())
-        units = calibrated_units(sample, plan, calibration, found.update, threads=2)
+        units = calibrated_units(sample, plan, calibration, found.update)
     for _ in units:
         pass
     return {n: dequantize(w) if isinstance(w, Quantized) else w for n, w in found.items()}

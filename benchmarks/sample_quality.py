@@ -36,7 +36,7 @@ def main() -> None:
         for name in options.recipe or ("int8", "int4", "int4-all"):
             recipe = load_recipe(name)
             plan = resolve_plan(sample.config, recipe)
-            paths += [b.path for b in convert(sample, recipe, plan, chosen, Path(folder))]
+            paths += [b.path for b in convert(sample, recipe, plan, chosen, Path(folder)).builds]
         windows = load_windows(
             [sample_file("evaluation.jsonl")],
             sample.assets,

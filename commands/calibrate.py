@@ -65,7 +65,7 @@ def calibrate(
     started = time.monotonic()
     opened = common.open(checkpoint)
     windows, balanced = calibration_text(opened, text, balance, common)
-    with show_progress("calibrating", quiet=common.quiet) as progress:
+    with show_progress(quiet=common.quiet) as progress:
         found, coverage = gather_statistics(
             opened,
             windows,
@@ -73,10 +73,7 @@ def calibrate(
             merge=merge,
             imatrix=imatrix,
             force=force,
-            threads=common.threads,
-            device=common.device,
-            cluster=cluster,
-            progress=progress,
+            execution=common.execution(progress, cluster=cluster),
         )
     if common.as_json:
         print_json(

@@ -32,16 +32,14 @@ def compare(checkpoint: str, a: Path, b: Path, text: Text, engine: Engine, commo
     opened = common.open(checkpoint)
     torch.set_num_threads(common.threads)
     windows = text.windows(opened, "evaluation.jsonl")
-    with show_progress("comparing", quiet=common.quiet, unit="step") as progress:
+    with show_progress(quiet=common.quiet) as progress:
         found = compare_builds(
             opened,
             a,
             b,
             windows,
             engine=engine,
-            threads=common.threads,
-            device=common.device,
-            progress=progress,
+            execution=common.execution(progress),
         )
     if common.as_json:
         print_json(found.to_json())

@@ -17,14 +17,13 @@ from lfmq.commands.options import (
     plan_options,
     text_options,
 )
-from lfmq.commands.progress import show_conversion
+from lfmq.commands.progress import show_progress
 from lfmq.commands.tables import builds_table, coverage_table
-from lfmq.converter.jobs.memory import DEFAULT as DEFAULT_MEMORY
 from lfmq.converter.jobs.memory import parse_bytes, peak_resident
 from lfmq.converter.mixed_precision.budget import settle_widths
 from lfmq.converter.quantize.settings import Calibration
 from lfmq.converter.run.convert import convert as convert_checkpoint
-from lfmq.converter.run.convert import plan_layouts
+from lfmq.converter.run.planned import plan_layouts
 from lfmq.validation.engines.installed import plan_warnings
 
 
@@ -42,7 +41,7 @@ from lfmq.validation.engines.installed import plan_warnings
 @click.option("--uncalibrated", is_flag=True, help="Round to nearest, without any text.")
 @click.option(
     "--memory",
-    default=DEFAULT_MEMORY,
+    default="2GB",
     show_default=True,
     metavar="SIZE",
     help="Most memory to hold without text; with text, hidden states and moments come on top.",
@@ -82,15 +81,14 @@ def convert(
         wanted.chosen,
         known,
         windows=windows,
-        threads=common.threads,
-        device=common.device,
+        execution=common.execution(cluster=cluster),
     )
     plan_layouts(opened, widths.plan, wanted.chosen)
     for line in plan_warnings(widths.plan, wanted.chosen, opened.assets):
         common.notice(f"warning: {line}")
     calibration = Calibration(windows) if windows else None
-    with show_conversion(quiet=common.quiet) as progress:
-        builds = convert_checkpoint(
+    with show_progress(quiet=common.quiet) as progress:
+        made = convert_checkpoint(
             opened,
             widths.recipe,
             widths.plan,
@@ -99,27 +97,23 @@ def convert(
             calibration=calibration,
             statistics=known,
             force=force,
-            threads=common.threads,
-            memory=budget,
-            device=common.device,
-            cluster=cluster,
-            progress=progress,
-            notice=common.notice,
+            execution=common.execution(progress, budget, cluster),
         )
     if common.as_json:
         print_json(
             {
-                "builds": [build.to_json() for build in builds],
+                "builds": [build.to_json() for build in made.builds],
                 "seconds": time.monotonic() - started,
                 "memory_bytes": budget,
                 "peak_rss_bytes": peak_resident(),
                 "tokens": windows.tokens if windows else 0,
                 **widths.to_json(),
-                **(calibration.to_json() if calibration else {}),
+                **({"text_sha256": windows.text_sha256} if windows else {}),
+                **(made.calibrated.to_json() if made.calibrated else {}),
                 **({"balance": balanced.to_json()} if balanced else {}),
             }
         )
         return
-    if calibration is not None:
-        print_tables(coverage_table(calibration.experts, calibration.routers))
-    print_tables(builds_table(builds))
+    if made.calibrated is not None:
+        print_tables(coverage_table(made.calibrated.experts, made.calibrated.routers))
+    print_tables(builds_table(made.builds))

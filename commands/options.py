@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
 
 from lfmq.commands.progress import show_progress
 from lfmq.converter.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from lfmq.converter.checkpoint.locate import locate_checkpoint, sample_file
+from lfmq.converter.jobs.execution import DEFAULT_MEMORY, Device, Execution, Progress
 from lfmq.converter.model.text import Windows, load_windows
 from lfmq.converter.plan.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 from lfmq.converter.statistics.balance import Balanced
@@ -22,7 +22,7 @@ from lfmq.converter.statistics.calibrate import open_statistics
 from lfmq.converter.statistics.statistics import Statistics
 from lfmq.formats.build import Format
 from lfmq.formats.registry import FORMATS
-from lfmq.quant.errors import RecipeError, ValidationError
+from lfmq.quant.errors import RecipeError
 from lfmq.validation.gate.thresholds import Thresholds, load_thresholds
 from lfmq.validation.pages.files import check_writable, write_report
 from lfmq.validation.pages.markdown import render_markdown
@@ -51,18 +51,23 @@ class Common:
     """What every command takes."""
 
     threads: int
-    device: str
+    device: Device
     as_json: bool
     quiet: bool
-
-    def __post_init__(self) -> None:
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValidationError("--device cuda: torch finds no CUDA device; use --device cpu")
 
     def notice(self, line: str) -> None:
         """A line about how the work goes."""
         if not self.quiet:
             click.echo(line, err=True)
+
+    def execution(
+        self,
+        progress: Progress | None = None,
+        memory: int = DEFAULT_MEMORY,
+        cluster: str | None = None,
+    ) -> Execution:
+        """How the library runs work, and whom it tells."""
+        return Execution(self.threads, self.device, cluster, memory, progress, self.notice)
 
     def open(self, reference: str) -> Checkpoint:
         """The checkpoint, fetched with a bar on a terminal."""
@@ -355,14 +360,12 @@ def calibration_text(
     if balance < text.tokens:
         raise click.UsageError(f"--balance {balance} is fewer than --tokens {text.tokens}")
     pool = replace(text, tokens=balance).windows(opened, "calibration.jsonl")
-    with show_progress("balancing", quiet=common.quiet) as progress:
+    with show_progress(quiet=common.quiet) as progress:
         found = choose_balanced(
             opened,
             pool,
             text.tokens,
-            threads=common.threads,
-            device=common.device,
-            progress=progress,
+            execution=common.execution(progress),
         )
     common.notice(str(found))
     return found.windows, found

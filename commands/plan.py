@@ -9,7 +9,7 @@ from lfmq.commands.options import Common, Wanted, common_options, plan_options
 from lfmq.commands.tables import planned_table, roles_table, tensors_table, widths_table
 from lfmq.converter.mixed_precision.budget import save_recipe, settle_widths
 from lfmq.converter.plan.plan import state_bytes
-from lfmq.converter.run.convert import plan_builds
+from lfmq.converter.run.planned import plan_builds
 
 
 @click.command(epilog=example("lfmq plan sample --recipe int4 --to gguf"))

@@ -1,4 +1,4 @@
-"""Progress on stderr: bars on a terminal, a line a layer elsewhere."""
+"""Progress on stderr: a bar for each phase on a terminal, a line for each layer elsewhere."""
 
 import sys
 import time
@@ -9,61 +9,27 @@ from rich.console import Console
 from rich.filesize import pick_unit_and_suffix
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     ProgressColumn,
     Task,
+    TaskID,
     TextColumn,
     TimeRemainingColumn,
 )
 from rich.text import Text
 
-from lfmq.converter.run.convert import Amount
+from lfmq.converter.jobs.execution import Step
 
-# Steps smaller than layers are told this often where there is no bar.
+# Where there is no bar, units smaller than layers are reported this often in each phase.
 _LINES = 10
 
 
 @contextmanager
-def show_progress(
-    label: str, *, quiet: bool, unit: str = "layer"
-) -> Iterator[Callable[[int, int], None]]:
-    """A bar of layers, or of other units."""
+def show_progress(*, quiet: bool) -> Iterator[Callable[[Step], None]]:
+    """Something to hand every step of a command to, whatever its phases."""
     console = Console(stderr=True)
     if quiet:
-        yield lambda step, total: None
-    elif console.is_terminal:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=console) as bar:
-            task = bar.add_task(label, total=None)
-            yield lambda step, total: bar.update(task, advance=step, total=total)
-    else:
-        yield _line_printer(label, unit)
-
-
-def _line_printer(label: str, unit: str) -> Callable[[int, int], None]:
-    done = 0
-
-    def advance(step: int, total: int) -> None:
-        nonlocal done
-        before, done = done, done + step
-        if unit == "layer" or before * _LINES // total < done * _LINES // total:
-            sys.stderr.write(f"{label}: {unit} {done} of {total}\n")
-
-    return advance
-
-
-@contextmanager
-def show_conversion(*, quiet: bool) -> Iterator[Callable[[Amount, Amount], None]]:
-    """Bars of what is read, quantized and written, with rates and the time left."""
-    console = Console(stderr=True)
-    if quiet:
-        yield lambda step, total: None
+        yield lambda step: None
     elif console.is_terminal:
         columns = (
             TextColumn("{task.description}"),
@@ -72,56 +38,83 @@ def show_conversion(*, quiet: bool) -> Iterator[Callable[[Amount, Amount], None]
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=console) as bars:
-            read = bars.add_task("reading", total=None, unit="B")
-            weights = bars.add_task("quantizing", total=None, unit=" weights")
-            written = bars.add_task("writing", total=None, unit="B")
-
-            def advance(step: Amount, total: Amount) -> None:
-                bars.update(read, advance=step.read, total=total.read)
-                bars.update(weights, advance=step.weights, total=total.weights)
-                bars.update(written, advance=step.written, total=total.written)
-
-            yield advance
+            yield _bar_drawer(bars)
     else:
-        yield _conversion_printer()
+        yield _line_printer()
+
+
+def _bar_drawer(bars: Progress) -> Callable[[Step], None]:
+    tasks: dict[str, TaskID] = {}
+
+    def advance(step: Step) -> None:
+        if step.phase not in tasks:
+            tasks[step.phase] = bars.add_task(step.phase, total=None, unit=step.unit)
+        bars.update(tasks[step.phase], advance=step.done, total=step.total)
+
+    return advance
 
 
 class _AmountColumn(ProgressColumn):
-    """Done of all, and the rate."""
+    """The part done; for bytes with the rate."""
 
     def render(self, task: Task) -> Text:
-        unit = task.fields["unit"]
-        done, total = (_short(n, unit) for n in (task.completed, task.total or 0))
+        done, total = task.completed, task.total or 0
+        if task.fields["unit"] != "byte":
+            return Text(f"{done:.0f}/{total:.0f}", style="progress.download")
         speed = task.finished_speed or task.speed
-        rate = f"{_short(speed, unit)}/s" if speed else ""
-        return Text(f"{done} of {total} {rate:>14}", style="progress.download")
+        rate = f"{_bytes(speed)}/s" if speed else ""
+        return Text(f"{_bytes(done)} of {_bytes(total)} {rate:>11}", style="progress.download")
 
 
-def _short(amount: float, unit: str) -> str:
-    """1.2 GB; 1.2 G weights."""
+def _bytes(amount: float) -> str:
+    """1.2 GB."""
     size, prefix = pick_unit_and_suffix(int(amount), ["", "k", "M", "G", "T"], 1000)
-    return f"{amount / size:.1f} {prefix}{unit}"
+    return f"{amount / size:.1f} {prefix}B"
 
 
-def _conversion_printer() -> Callable[[Amount, Amount], None]:
-    """A line when the first part of a layer is done."""
+def _line_printer() -> Callable[[Step], None]:
+    printers: dict[str, Callable[[Step], None]] = {}
+
+    def advance(step: Step) -> None:
+        if step.phase not in printers:
+            printers[step.phase] = _rate_printer() if step.unit == "byte" else _count_printer()
+        printers[step.phase](step)
+
+    return advance
+
+
+def _count_printer() -> Callable[[Step], None]:
+    """A line for each layer; of other units a line for each tenth."""
+    done = 0
+
+    def advance(step: Step) -> None:
+        nonlocal done
+        before, done = done, done + step.done
+        if step.unit == "layer" or before * _LINES // step.total < done * _LINES // step.total:
+            sys.stderr.write(f"{step.phase}: {step.unit} {done} of {step.total}\n")
+
+    return advance
+
+
+def _rate_printer() -> Callable[[Step], None]:
+    """A line when the first part of a layer is done, with rates and the time left."""
     started = time.monotonic()
     layer = read = written = 0
 
-    def advance(step: Amount, total: Amount) -> None:
+    def advance(step: Step) -> None:
         nonlocal layer, read, written
-        read, written = read + step.read, written + step.written
-        if step.layers <= layer and read < total.read:
+        done, total = step.amounts
+        read, written = read + done.read, written + done.written
+        if done.layers <= layer and read < total.read:
             return
-        layer = max(layer, step.layers)
+        layer = max(layer, done.layers)
         seconds = max(time.monotonic() - started, 1e-3)
-        done = 100 * read // total.read
-        # the first part is small; nothing can be told from it
-        left = f", {seconds * (total.read - read) / read:,.0f} s left" if done else ""
+        percent = 100 * read // total.read
+        # the first part is too small to estimate from
+        left = f", {seconds * (total.read - read) / read:,.0f} s left" if percent else ""
         sys.stderr.write(
-            f"quantizing: layer {layer} of {total.layers}, {done} %, "
-            f"read {_short(read / seconds, 'B')}/s, written {_short(written / seconds, 'B')}/s"
-            f"{left}\n"
+            f"{step.phase}: layer {layer} of {total.layers}, {percent} %, "
+            f"read {_bytes(read / seconds)}/s, written {_bytes(written / seconds)}/s{left}\n"
         )
 
     return advance

@@ -12,7 +12,8 @@ from lfmq.converter.mixed_precision.budget import Widths
 from lfmq.converter.mixed_precision.frontier import Frontier
 from lfmq.converter.plan.plan import summarize
 from lfmq.converter.quantize.settings import ExpertCoverage, RouterStep
-from lfmq.converter.run.convert import Build, PlannedBuild
+from lfmq.converter.run.convert import Build
+from lfmq.converter.run.planned import PlannedBuild
 from lfmq.formats.plan import Plan
 from lfmq.validation.measure.compare import PairedReport
 from lfmq.validation.measure.report import Report

@@ -75,16 +75,14 @@ def validate(
     windows = text.windows(opened, "evaluation.jsonl")
     thresholds = gate.stated(windows)
     generation = _generation(opened, builds, asked, common)
-    with show_progress("validating", quiet=common.quiet, unit="step") as progress:
+    with show_progress(quiet=common.quiet) as progress:
         report = validate_builds(
             opened,
             builds,
             windows,
             engines=engines,
             by_layer=by_layer,
-            threads=common.threads,
-            device=common.device,
-            progress=progress,
+            execution=common.execution(progress),
         )
     report = with_generation(report, generation)
     report = replace(report, failures=judge(report.to_json(), thresholds))
@@ -112,5 +110,5 @@ def _generation(
     checks = asked.checks(opened)
     if checks is None:
         return {}
-    with show_progress("generating", quiet=common.quiet, unit="answer") as progress:
-        return check_builds(opened, builds, checks, device=common.device, progress=progress)
+    with show_progress(quiet=common.quiet) as progress:
+        return check_builds(opened, builds, checks, execution=common.execution(progress))

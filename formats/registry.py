@@ -1,21 +1,68 @@
-"""The containers by name, and which of them a path on disk is."""
+"""The containers by name, and which of them a path on disk is.
 
+A container is imported when it is first looked up: gguf-py and onnx take longer to import than
+many commands take to run.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from lfmq.formats.build import Format
-from lfmq.formats.compressed_tensors import container as compressed_tensors
-from lfmq.formats.gguf import container as gguf
 from lfmq.formats.huggingface.config import read_config
-from lfmq.formats.mlx import container as mlx
-from lfmq.formats.onnx import container as onnx
 from lfmq.quant.errors import CheckpointError, ValidationError
 
-FORMATS: dict[str, Format] = {
-    "gguf": gguf,
-    "mlx": mlx,
-    "onnx": onnx,
-    "compressed-tensors": compressed_tensors,
-}
+
+def _gguf() -> Format:
+    from lfmq.formats.gguf import container
+
+    return container
+
+
+def _mlx() -> Format:
+    from lfmq.formats.mlx import container
+
+    return container
+
+
+def _onnx() -> Format:
+    from lfmq.formats.onnx import container
+
+    return container
+
+
+def _compressed_tensors() -> Format:
+    from lfmq.formats.compressed_tensors import container
+
+    return container
+
+
+class _Containers(Mapping[str, Format]):
+    """Containers by name, in the order they are reported; each imported when it is looked up."""
+
+    def __init__(self, loaders: Mapping[str, Callable[[], Format]]) -> None:
+        self._loaders = loaders
+
+    def __getitem__(self, name: str) -> Format:
+        return self._loaders[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._loaders)
+
+    def __len__(self) -> int:
+        return len(self._loaders)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._loaders
+
+
+FORMATS: Mapping[str, Format] = _Containers(
+    {
+        "gguf": _gguf,
+        "mlx": _mlx,
+        "onnx": _onnx,
+        "compressed-tensors": _compressed_tensors,
+    }
+)
 
 
 def detect_format(path: Path) -> str:
@@ -31,7 +78,7 @@ def detect_format(path: Path) -> str:
     if (path / "model.onnx").is_file():
         return "onnx"
     if (path / "config.json").is_file() and any(path.glob("model*.safetensors")):
-        return compressed_tensors.NAME if _is_compressed_tensors(path) else "mlx"
+        return "compressed-tensors" if _is_compressed_tensors(path) else "mlx"
     raise ValidationError(
         f"{path}: not a build; expected a .gguf file or an MLX, ONNX or compressed-tensors folder"
     )
@@ -43,7 +90,7 @@ def _is_compressed_tensors(folder: Path) -> bool:
         block = read_config(folder).get("quantization_config")
     except CheckpointError:
         return False
-    return isinstance(block, dict) and block.get("quant_method") == compressed_tensors.NAME
+    return isinstance(block, dict) and block.get("quant_method") == "compressed-tensors"
 
 
 def build_nbytes(path: Path) -> int:

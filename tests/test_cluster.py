@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from lfmq.converter.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from lfmq.converter.jobs.execution import Execution
 from lfmq.converter.jobs.workers import open_workers
 from lfmq.converter.plan.plan import resolve_plan
 from lfmq.converter.plan.recipe import load_recipe
@@ -78,7 +79,7 @@ def test_a_dead_worker_changes_no_byte(sample_folder, cluster, tmp_path):
     killed: list[int] = []
     hunter = threading.Thread(target=kill_a_worker, args=(time.monotonic() + 120, killed))
     hunter.start()
-    found = run(sample, tmp_path / "cluster", cluster=cluster)
+    found = run(sample, tmp_path / "cluster", execution=Execution(cluster=cluster))
     hunter.join()
     assert len(killed) == 1
     assert found == expected
@@ -87,10 +88,10 @@ def test_a_dead_worker_changes_no_byte(sample_folder, cluster, tmp_path):
 def test_calibrated(make_checkpoint, cluster, tmp_path):
     checkpoint = open_checkpoint(make_checkpoint())
     expected = run(checkpoint, tmp_path / "local", calibration=Calibration(windows()))
-    far = Calibration(windows())
-    assert run(checkpoint, tmp_path / "far", calibration=far, cluster=cluster) == expected
-    near, _ = collect(checkpoint, windows(), threads=1)
-    there, _ = collect(checkpoint, windows(), cluster=cluster)
+    far = {"calibration": Calibration(windows()), "execution": Execution(cluster=cluster)}
+    assert run(checkpoint, tmp_path / "far", **far) == expected
+    near, _ = collect(checkpoint, windows(), execution=Execution(threads=1))
+    there, _ = collect(checkpoint, windows(), execution=Execution(cluster=cluster))
     assert near.to_json() == there.to_json()
 
 
@@ -103,7 +104,7 @@ def test_an_error_of_a_worker_is_the_same_line(make_checkpoint, cluster, tmp_pat
     good = open_checkpoint(make_checkpoint())
     broken = Broken(good.folder, good.config, good.assets, good.stored)
     with pytest.raises(CheckpointError, match=r"^no such luck$"):
-        run(broken, tmp_path / "out", cluster=cluster)
+        run(broken, tmp_path / "out", execution=Execution(cluster=cluster))
 
 
 def test_no_cluster_there():

@@ -22,7 +22,8 @@ from lfmq.converter.plan.plan import resolve_plan
 from lfmq.converter.plan.recipe import parse_recipe
 from lfmq.converter.quantize.rtn import quantize_entry
 from lfmq.converter.quantize.settings import Calibration
-from lfmq.converter.run.convert import convert, plan_builds
+from lfmq.converter.run.convert import convert
+from lfmq.converter.run.planned import plan_builds
 from lfmq.formats.registry import FORMATS, detect_format
 from lfmq.quant.types import Quantized, dequantize
 from lfmq.validation.engines.child_process import run_native
@@ -76,12 +77,11 @@ def builds(sample_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
         planned = plan_builds(checkpoint, plan, FORMATS)
         assert [b.format for b in planned if b.refused is None] == [format]
         output = tmp_path_factory.mktemp(name)
-        calibration = Calibration(windows)
-        (done,) = convert(
-            checkpoint, recipe, plan, {format: FORMATS[format]}, output, calibration=calibration
-        )
-        assert all(c.error < c.error_nearest for c in calibration.experts if c.tokens)
-        paths[name] = done.path
+        chosen, calibration = {format: FORMATS[format]}, Calibration(windows)
+        made = convert(checkpoint, recipe, plan, chosen, output, calibration=calibration)
+        assert made.calibrated is not None
+        assert all(c.error < c.error_nearest for c in made.calibrated.experts if c.tokens)
+        paths[name] = made.builds[0].path
     return paths
 
 
@@ -93,7 +93,7 @@ def k_quants(sample_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     planned = plan_builds(checkpoint, plan, FORMATS)
     assert [b.format for b in planned if b.refused is None] == ["gguf"]
     output = tmp_path_factory.mktemp("k")
-    (done,) = convert(checkpoint, recipe, plan, {"gguf": FORMATS["gguf"]}, output)
+    (done,) = convert(checkpoint, recipe, plan, {"gguf": FORMATS["gguf"]}, output).builds
     return done.path
 
 

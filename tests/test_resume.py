@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 
 from lfmq.converter.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from lfmq.converter.jobs.execution import Execution, Step
 from lfmq.converter.jobs.lock import lock_folder
 from lfmq.converter.model.text import Windows
 from lfmq.converter.plan.plan import resolve_plan
 from lfmq.converter.plan.recipe import load_recipe
 from lfmq.converter.quantize.settings import Calibration, Settings
 from lfmq.converter.run import resume_key as origin
-from lfmq.converter.run.convert import Amount, convert
+from lfmq.converter.run.convert import convert
 from lfmq.formats.registry import FORMATS
 from lfmq.quant.errors import CheckpointError, PlanError
 
@@ -38,13 +39,14 @@ def content(folder: Path) -> dict[str, str]:
     }
 
 
-def run(checkpoint, output, *formats, recipe=None, **options):
+def run(checkpoint, output, *formats, recipe=None, threads=2, progress=None, **options):
     """Convert; the lines of notice."""
     recipe = recipe or load_recipe("int4")
     plan = resolve_plan(checkpoint.config, recipe)
     chosen = {name: FORMATS[name] for name in formats or FORMATS}
     lines: list[str] = []
-    convert(checkpoint, recipe, plan, chosen, output, notice=lines.append, **options)
+    execution = Execution(threads, progress=progress, notice=lines.append)
+    convert(checkpoint, recipe, plan, chosen, output, execution=execution, **options)
     return lines
 
 
@@ -56,7 +58,7 @@ def stop_after(units):
     """A progress that ends the run after some units."""
     seen = []
 
-    def progress(step, total):
+    def progress(step):
         seen.append(step)
         if len(seen) == units:
             raise StoppedError
@@ -128,10 +130,11 @@ def test_finished_units_are_not_read_again(sample, count_reads, expected, tmp_pa
     stopped(counting, tmp_path)
     first = set(reads)
     reads.clear()
-    seen: list[tuple[Amount, Amount]] = []
-    lines = run(counting, tmp_path, progress=lambda *step: seen.append(step))
+    seen: list[Step] = []
+    lines = run(counting, tmp_path, progress=seen.append)
     assert len(first | set(reads)) == len(first) + len(reads) == len(sample.stored)
-    assert sum(step.weights for step, _ in seen) == seen[0][1].weights
+    done = [step.amounts[0].weights for step in seen]
+    assert sum(done) == seen[0].amounts[1].weights
     assert len(lines) == 1
     finished, units = (int(w) for w in lines[0].split() if w.isdigit())
     assert finished >= 60
@@ -233,7 +236,7 @@ def test_a_calibrated_run_ends_with_the_same_bytes(make_checkpoint, tmp_path):
 def test_an_input_that_changes_under_the_run(make_checkpoint, tmp_path):
     folder = make_checkpoint()
 
-    def touch(step, total):
+    def touch(step):
         os.utime(folder / "model.safetensors", ns=(1, 1))
 
     with pytest.raises(CheckpointError, match="a file changed while it was converted; run again"):

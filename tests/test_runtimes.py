@@ -62,7 +62,7 @@ def builds(
 ) -> dict[str, Path]:
     checkpoint, loaded = open_checkpoint(sample_folder), load_recipe(recipe)
     plan = resolve_plan(checkpoint.config, loaded)
-    done = convert(checkpoint, loaded, plan, FORMATS, tmp_path_factory.mktemp(recipe))
+    done = convert(checkpoint, loaded, plan, FORMATS, tmp_path_factory.mktemp(recipe)).builds
     return {b.format: b.path for b in done}
 
 

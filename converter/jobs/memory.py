@@ -7,11 +7,11 @@ import sys
 from collections.abc import Callable
 from functools import cache
 
+from lfmq.converter.jobs.execution import Execution
 from lfmq.formats.plan import Entry, Plan
 from lfmq.quant.errors import RecipeError
 from lfmq.quant.types import KQUANT_BLOCK, SLAB, Scheme
 
-DEFAULT = "2GB"
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20}
 _UNITS["GIB"] = 2**30
 _AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)")
@@ -75,3 +75,20 @@ def _held(entry: Entry) -> int:
 def largest_unit(plan: Plan) -> tuple[Entry, ...]:
     """The unit of the plan that needs most memory."""
     return max(plan.units(), key=unit_bytes)
+
+
+def memory_headroom(plan: Plan, execution: Execution) -> int:
+    """Bytes that units in work may hold, beside what the program itself takes.
+
+    Tells the user when one unit alone needs more than all of it.
+    """
+    budget = execution.memory
+    headroom = budget - peak_resident()
+    largest = largest_unit(plan)
+    needed = unit_bytes(largest) + budget - headroom
+    if needed > budget:
+        execution.tell(
+            f"memory: {largest[0].name} alone takes up to {needed:,} bytes with the program "
+            f"itself, more than the {budget:,} allowed; large tensors are converted one at a time"
+        )
+    return headroom

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfmq.converter.checkpoint.checkpoint import Checkpoint
+from lfmq.converter.jobs.execution import Execution
 from lfmq.converter.mixed_precision.knapsack import allocate
 from lfmq.converter.mixed_precision.predicted_kld import Cost, Prediction
 from lfmq.converter.mixed_precision.size_limits import Limits, limits_of
@@ -97,8 +98,7 @@ def settle_widths(
     budget: str | None = None,
     *,
     windows: Windows | None = None,
-    threads: int = 2,
-    device: str = "cpu",
+    execution: Execution = Execution(),
 ) -> Widths:
     """Resolve a recipe; where it or ``budget`` sets a limit, choose the widths.
 
@@ -109,8 +109,7 @@ def settle_widths(
         statistics: of the checkpoint; with a limit and without them they are gathered.
         budget: takes the place of the recipe's.
         windows: the text to gather statistics from.
-        threads: for gathering.
-        device: for gathering.
+        execution: of gathering them.
 
     Raises:
         RecipeError: a limit is not one, is too small, or there is nothing to choose by.
@@ -130,7 +129,7 @@ def settle_widths(
     limits = limits_of(recipe, config, checkpoint.assets, formats)  # refuses before the work
     if statistics is None:
         assert windows is not None
-        statistics, _ = collect(checkpoint, windows, threads=threads, device=device)
+        statistics, _ = collect(checkpoint, windows, execution=execution)
     return choose_widths(config, checkpoint.assets, recipe, statistics, limits, formats)
 
 

@@ -17,7 +17,7 @@ Results do not depend on the number of threads: work is cut into fixed batches a
 runs single-threaded in each, and sums are taken in order.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from lfmq.converter.checkpoint.checkpoint import Checkpoint
 from lfmq.converter.jobs.batches import batches, steady_torch
+from lfmq.converter.jobs.execution import Execution
 from lfmq.converter.jobs.memory import release_freed
 from lfmq.converter.jobs.statefile import StateFile
 from lfmq.converter.jobs.workers import Workers, open_workers
@@ -48,7 +49,7 @@ from lfmq.converter.quantize.experts import (
     quantize_expert,
 )
 from lfmq.converter.quantize.rtn import Write, not_finite, quantize_entry
-from lfmq.converter.quantize.settings import Calibration, RouterStep
+from lfmq.converter.quantize.settings import Calibrated, Calibration, ExpertCoverage, RouterStep
 from lfmq.formats.plan import Entry, Plan
 from lfmq.quant import gptq
 from lfmq.quant.linalg import ridge_factor, second_moments, step_toward
@@ -68,34 +69,33 @@ def calibrated_units(
     plan: Plan,
     calibration: Calibration,
     write: Write,
-    threads: int,
     *,
-    device: str = "cpu",
-    cluster: str | None = None,
     state: StateFile | None = None,
     finished: frozenset[str] = frozenset(),
-) -> Iterator[tuple[Entry, ...]]:
+    execution: Execution = Execution(),
+) -> Generator[tuple[Entry, ...], None, Calibrated]:
     """Quantize and write the plan's units in the order of the model, yielding each when done.
+
+    The generator returns what calibration found.
 
     Args:
         checkpoint: what is quantized.
         plan: the storage of every tensor.
-        calibration: the tokens; takes up what is found.
+        calibration: the tokens, and what is done with them.
         write: gets each unit.
-        threads: batches and experts at a time.
-        device: where matrices are multiplied.
-        cluster: address of a Ray cluster that does the work.
         state: where the hidden states are saved after each layer, and taken up from when every
             unit before them is finished.
         finished: the first tensors of units written by an earlier run.
+        execution: threads or cluster, and the device.
 
     Raises:
         CheckpointError: a tensor cannot be read, or holds NaN or Inf.
         ValidationError: a hidden state is not finite, or a token is outside the vocabulary.
     """
-    with steady_torch(), open_workers(threads, cluster) as workers:
-        run = _Run(checkpoint, plan, calibration, write, workers, device)
+    with steady_torch(), open_workers(execution.threads, execution.cluster) as workers:
+        run = _Run(checkpoint, plan, calibration, write, workers, execution.device)
         yield from run.units(state, finished)
+    return run.found()
 
 
 class _Run:
@@ -114,6 +114,8 @@ class _Run:
         self._entries = {e.name: e for e in plan.entries}
         self._units = {unit[0].name: unit for unit in plan.units()}
         self._calibration = calibration
+        self._experts: list[ExpertCoverage] = []
+        self._routers: list[RouterStep] = []
         self._settings = calibration.settings
         self._write = write
         self._workers = workers
@@ -127,6 +129,10 @@ class _Run:
     def __getstate__(self) -> dict[str, Any]:
         """For workers in other processes: all but what writes and what hands out work."""
         return self.__dict__ | {"_workers": None, "_write": None}
+
+    def found(self) -> Calibrated:
+        """What was found so far."""
+        return Calibrated(tuple(self._experts), tuple(self._routers))
 
     def _read(self, name: str) -> NDArray[np.float32]:
         found = self._done.get(name)
@@ -155,7 +161,7 @@ class _Run:
                     yield from self._routed(block, block.router)
             if state is not None:
                 tensors = {"states": self._states.cpu(), "wanted": self._wanted.cpu()}
-                state.save(layer + 1, self._calibration.found(), tensors)
+                state.save(layer + 1, self.found().to_state(), tensors)
         yield from self._plain(FINAL_NORM)
 
     def _units_before(self, layer: int) -> list[tuple[Entry, ...]]:
@@ -177,7 +183,8 @@ class _Run:
         self._states, self._wanted = (
             tensors[name].to(self._model.device) for name in ("states", "wanted")
         )
-        self._calibration.take_up(facts)
+        before = Calibrated.from_state(facts)
+        self._experts, self._routers = list(before.experts), list(before.routers)
         return layer
 
     # ---- finishing weights
@@ -330,7 +337,7 @@ class _Run:
         for found in self._workers.map(quantize, range(len(block.branches))):
             y.index_add_(0, found.token, found.y)
             y_wanted.index_add_(0, found.token_wanted, found.y_wanted)
-            self._calibration.experts.append(found.coverage)
+            self._experts.append(found.coverage)
             yield self._finish(found.weights, keep=False)
             release_freed()
         self._states = y.view_as(self._states).add_(self._states)
@@ -360,7 +367,7 @@ class _Run:
             return float((sets == expected).all(-1).double().mean())
 
         step = RouterStep(block.layer, agreement(original), agreement(refitted))
-        self._calibration.routers.append(step)
+        self._routers.append(step)
         return refitted if step.kept else original
 
 

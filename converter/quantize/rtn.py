@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfmq.converter.checkpoint.checkpoint import Checkpoint
+from lfmq.converter.jobs.execution import Execution
 from lfmq.converter.jobs.memory import unit_bytes
 from lfmq.converter.jobs.workers import open_workers
 from lfmq.formats.plan import Entry, Plan
@@ -50,13 +51,12 @@ def nearest_units(
     checkpoint: Checkpoint,
     plan: Plan,
     write: Write,
-    threads: int,
+    *,
     importance: Importance | None = None,
     finished: frozenset[str] = frozenset(),
-    room: int = 2**62,
-    *,
-    cluster: str | None = None,
+    headroom: int = 2**62,
     record: Record | None = None,
+    execution: Execution = Execution(),
 ) -> Iterator[tuple[Entry, ...]]:
     """Quantize and write the plan's units on a pool, yielding each when it is done.
 
@@ -67,28 +67,28 @@ def nearest_units(
         checkpoint: whose tensors are read.
         plan: the storage of each.
         write: takes a unit's finished weights, from any thread, on a cluster in any process.
-        threads: units at the same time.
         importance: what an error in each column of a weight costs.
         finished: first tensors of units that need no work.
-        room: bytes the units in work may hold together; a larger one is alone in it.
-        cluster: address of a Ray cluster to run on instead; ``room`` is then each process's own.
+        headroom: bytes the units in work may hold together, on a cluster in each process; a
+            larger unit is converted alone.
         record: gets what ``write`` returned.
+        execution: threads, that is units at the same time, or the cluster.
 
     Raises:
         CheckpointError: a tensor cannot be read, or holds NaN or Inf.
     """
     waiting: dict[Future[Any], tuple[Entry, ...]] = {}
     job = partial(_convert_unit, checkpoint, write, importance)
-    with open_workers(threads, cluster) as workers:
+    with open_workers(execution.threads, execution.cluster) as workers:
         if workers.remote:
-            room = room * workers.count
+            headroom *= workers.count
         for unit in plan.units():
             if unit[0].name in finished:
                 yield unit
                 continue
             while waiting and (
                 len(waiting) >= 2 * workers.count
-                or sum(map(unit_bytes, waiting.values())) + unit_bytes(unit) > room
+                or sum(map(unit_bytes, waiting.values())) + unit_bytes(unit) > headroom
             ):
                 done, _ = wait(waiting, return_when=FIRST_COMPLETED)
                 yield from _finish(waiting, done, record)

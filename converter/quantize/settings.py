@@ -1,6 +1,6 @@
 """The values of calibration: what it does, the tokens it reads, what it found."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from lfmq.converter.model.text import Windows
@@ -75,29 +75,42 @@ class RouterStep:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """The tokens to calibrate with, and what was found, filled in while the layers run."""
+    """The tokens to calibrate with, and what is done with them."""
 
     windows: Windows
     settings: Settings = Settings()
-    experts: list[ExpertCoverage] = field(default_factory=list)
-    routers: list[RouterStep] = field(default_factory=list)
 
-    def found(self) -> dict[str, Any]:
-        """What was found so far, for a state file."""
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """What calibration found.
+
+    Attributes:
+        experts: coverage of every expert, in the order of the layers.
+        routers: one step for each layer whose router was tried.
+    """
+
+    experts: tuple[ExpertCoverage, ...] = ()
+    routers: tuple[RouterStep, ...] = ()
+
+    @classmethod
+    def from_state(cls, facts: dict[str, Any]) -> "Calibrated":
+        """What :meth:`to_state` gave."""
+        return cls(
+            tuple(ExpertCoverage(**e) for e in facts["experts"]),
+            tuple(RouterStep(**r) for r in facts["routers"]),
+        )
+
+    def to_state(self) -> dict[str, Any]:
+        """For the state file of an interrupted run."""
         return {
             "experts": [asdict(e) for e in self.experts],
             "routers": [asdict(r) for r in self.routers],
         }
 
-    def take_up(self, found: dict[str, Any]) -> None:
-        """Go on from what :meth:`found` gave."""
-        self.experts[:] = [ExpertCoverage(**e) for e in found["experts"]]
-        self.routers[:] = [RouterStep(**r) for r in found["routers"]]
-
     def to_json(self) -> dict[str, Any]:
-        """For ``lfmq convert --json``."""
+        """``experts`` and ``routers`` of ``lfmq convert --json``."""
         return {
-            "text_sha256": self.windows.text_sha256,
             "experts": [asdict(e) for e in self.experts],
             "routers": [asdict(r) | {"kept": r.kept} for r in self.routers],
         }

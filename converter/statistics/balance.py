@@ -3,7 +3,6 @@
 W windows, L MoE layers, E experts.
 """
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,11 +13,10 @@ from numpy.typing import NDArray
 
 from lfmq.converter.checkpoint.checkpoint import Checkpoint
 from lfmq.converter.jobs.batches import batches, steady_torch
+from lfmq.converter.jobs.execution import Execution
 from lfmq.converter.model.forward import Model, embed, run_layer
 from lfmq.converter.model.text import Windows
 from lfmq.converter.quantize.settings import QUOTA
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +84,7 @@ def balance(
     pool: Windows,
     tokens: int,
     *,
-    threads: int = 2,
-    device: str = "cpu",
-    progress: Progress | None = None,
+    execution: Execution = Execution(),
 ) -> Balanced:
     """Choose windows of a pool that bring every expert to ``QUOTA`` times its inputs in tokens.
 
@@ -96,16 +92,14 @@ def balance(
         checkpoint: whose router decides.
         pool: what to choose from.
         tokens: to choose, rounded down to whole windows, at least one.
-        threads: batches at a time; the choice does not depend on it.
-        device: where matrices are multiplied.
-        progress: called with 1 and the number of layers after each layer.
+        execution: threads, device, and whom to tell of each layer.
 
     Raises:
         CheckpointError: a tensor cannot be read.
         ValidationError: a hidden state is not finite, or a token is outside the vocabulary.
     """
     g = checkpoint.config
-    loads = window_loads(checkpoint, pool, threads=threads, device=device, progress=progress)
+    loads = window_loads(checkpoint, pool, execution=execution)
     quota = QUOTA * g.hidden_size
     take = max(1, tokens // pool.ids.shape[1])
     chosen = choose_windows(loads, pool.domains, take, quota)
@@ -123,9 +117,7 @@ def window_loads(
     checkpoint: Checkpoint,
     pool: Windows,
     *,
-    threads: int = 2,
-    device: str = "cpu",
-    progress: Progress | None = None,
+    execution: Execution = Execution(),
 ) -> NDArray[np.int64]:
     """Tokens [W, L, E] of each window that the reference sends to each expert.
 
@@ -136,11 +128,12 @@ def window_loads(
         ValidationError: a hidden state is not finite, or a token is outside the vocabulary.
     """
     g = checkpoint.config
-    model = Model(g, checkpoint.read, device=device)
+    model = Model(g, checkpoint.read, device=execution.device)
     count = len(pool.ids)
     loads = np.zeros((count, len(g.moe_layers), g.num_experts), np.int64)
+    advance = execution.counter("balancing")
     parts = batches(*pool.ids.shape)
-    with steady_torch(), ThreadPoolExecutor(threads) as executor:
+    with steady_torch(), ThreadPoolExecutor(execution.threads) as executor:
         states = embed(model, pool.ids)
         for layer in range(g.num_hidden_layers):
             done = list(executor.map(lambda p: run_layer(model, layer, states[p]), parts))  # noqa: B023
@@ -149,8 +142,7 @@ def window_loads(
                 if routing is not None:
                     windows = loads[part, g.moe_layers.index(layer)]
                     _count(routing.selected.cpu().numpy(), windows)
-            if progress is not None:
-                progress(1, g.num_hidden_layers)
+            advance(1, g.num_hidden_layers)
     return loads
 
 

@@ -7,11 +7,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 from lfmq.converter.checkpoint.checkpoint import Checkpoint
+from lfmq.converter.jobs.execution import Execution
 from lfmq.converter.jobs.statefile import StateFile
 from lfmq.converter.model.tensors import expected_tensors
 from lfmq.converter.model.text import Windows
 from lfmq.converter.quantize.settings import ExpertCoverage
-from lfmq.converter.statistics.collect import Progress, collect
+from lfmq.converter.statistics.collect import collect
 from lfmq.converter.statistics.statistics import (
     Statistics,
     identity_of,
@@ -39,10 +40,7 @@ def calibrate(
     merge: Sequence[Path] = (),
     imatrix: Path | None = None,
     force: bool = False,
-    threads: int = 2,
-    device: str = "cpu",
-    cluster: str | None = None,
-    progress: Progress | None = None,
+    execution: Execution = Execution(),
 ) -> tuple[Statistics, list[ExpertCoverage]]:
     """Gather statistics and write them; a run that was killed goes on where it was.
 
@@ -53,10 +51,7 @@ def calibrate(
         merge: statistics of the same checkpoint to add.
         imatrix: also write llama.cpp's importance matrix there.
         force: replace a file that exists.
-        threads: batches and experts at a time.
-        device: where matrices are multiplied.
-        cluster: address of a Ray cluster that does the work.
-        progress: called with 1 and the number of layers after each layer.
+        execution: threads or cluster, device, and whom to tell of each layer.
 
     Raises:
         PlanError: the output exists or cannot be written.
@@ -69,15 +64,7 @@ def calibrate(
         raise PlanError(f"{imatrix}: already exists; give --force to replace it")
     others = [load_statistics(path, checkpoint.config) for path in merge]
     state = StateFile(output.with_name(output.name + ".resume"), _key(checkpoint, windows))
-    found, coverage = collect(
-        checkpoint,
-        windows,
-        threads=threads,
-        device=device,
-        cluster=cluster,
-        state=state,
-        progress=progress,
-    )
+    found, coverage = collect(checkpoint, windows, state=state, execution=execution)
     for other in others:
         found = found.merge(other)
     save_statistics(output, found)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from lfmq.converter.checkpoint.checkpoint import Checkpoint
 from lfmq.converter.jobs.batches import batches, steady_torch
+from lfmq.converter.jobs.execution import Execution
 from lfmq.converter.jobs.memory import release_freed
 from lfmq.converter.jobs.statefile import StateFile
 from lfmq.converter.jobs.workers import Workers, open_workers
@@ -66,7 +67,7 @@ _UNSCORED = 1 / 8
 # Losses are of weights as GPTQ rounds them, with nothing that needs the other stream.
 _SETTINGS = Settings(expert_ridge=None)
 
-Progress = Callable[[int, int], None]
+Advance = Callable[[int, int], None]
 _STREAM = "stream "  # before a stream's name in the saved state
 
 
@@ -74,31 +75,26 @@ def collect(
     checkpoint: Checkpoint,
     windows: Windows,
     *,
-    threads: int = 2,
-    device: str = "cpu",
-    cluster: str | None = None,
     state: StateFile | None = None,
-    progress: Progress | None = None,
+    execution: Execution = Execution(),
 ) -> tuple[Statistics, list[ExpertCoverage]]:
     """Statistics of every weight, and what was seen of every expert.
 
-    The result depends neither on ``threads`` nor on whether the pass was resumed.
+    The result depends neither on the number of threads nor on whether the pass was resumed.
 
     Args:
         checkpoint: whose weights are read.
         windows: the calibration text.
-        threads: batches and experts at a time.
-        device: where matrices are multiplied.
-        cluster: address of a Ray cluster that does the work.
         state: where the pass is saved after each layer, and resumed from.
-        progress: called with 1 and the number of layers after each layer.
+        execution: threads or cluster, device, and whom to tell of each layer.
 
     Raises:
         CheckpointError: a tensor cannot be read.
         ValidationError: a hidden state is not finite, or a token is outside the vocabulary.
     """
-    with steady_torch(), open_workers(threads, cluster) as workers:
-        return _Pass(checkpoint, windows, workers, state, device).run(progress)
+    with steady_torch(), open_workers(execution.threads, execution.cluster) as workers:
+        started = _Pass(checkpoint, windows, workers, state, execution.device)
+        return started.run(execution.counter("gathering statistics"))
 
 
 class _Pass:
@@ -140,7 +136,7 @@ class _Pass:
             return values
         return dequantize(rtn.quantize(values, scheme))
 
-    def run(self, progress: Progress | None) -> tuple[Statistics, list[ExpertCoverage]]:
+    def run(self, advance: Advance) -> tuple[Statistics, list[ExpertCoverage]]:
         layers = model_blocks(self._config)
         first = self._resume()
         for layer, blocks in enumerate(layers):
@@ -148,8 +144,7 @@ class _Pass:
                 for block in blocks:
                     self._block(block)
                 self._save(layer + 1)
-            if progress is not None:
-                progress(1, len(layers))
+            advance(1, len(layers))
         for name in WHOLE:
             self._errors[name] = _error(self._streams[name], self._states[: self._count])
         statistics = Statistics(

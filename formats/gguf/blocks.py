@@ -5,10 +5,10 @@ another along the row.
 """
 
 from collections.abc import Callable
+from types import ModuleType
 
 import numpy as np
 from gguf import GGMLQuantizationType
-from numba import njit
 from numpy.typing import NDArray
 
 from lfmq.formats.build import Bytes
@@ -28,14 +28,14 @@ QUANT_TYPES: dict[tuple[Grid, int], GGMLQuantizationType] = {
 def pack_q4_0(q: Quantized) -> Bytes:
     """block_q4_0: float16 scale, then 16 bytes; byte j holds code j low and code j + 16 high."""
     blocks = np.empty((q.scale.size, 18), np.uint8)
-    _fill_q4_0(q.codes.reshape(-1, BLOCK), q.scale.reshape(-1, 1).view(np.uint8), blocks)
+    _kernels().fill_q4_0(q.codes.reshape(-1, BLOCK), q.scale.reshape(-1, 1).view(np.uint8), blocks)
     return blocks.reshape(-1)
 
 
 def pack_q8_0(q: Quantized) -> Bytes:
     """block_q8_0: float16 scale, then 32 int8 (code - 128)."""
     blocks = np.empty((q.scale.size, 34), np.uint8)
-    _fill_q8_0(q.codes.reshape(-1, BLOCK), q.scale.reshape(-1, 1).view(np.uint8), blocks)
+    _kernels().fill_q8_0(q.codes.reshape(-1, BLOCK), q.scale.reshape(-1, 1).view(np.uint8), blocks)
     return blocks.reshape(-1)
 
 
@@ -46,7 +46,7 @@ def pack_q4_k(q: Quantized) -> Bytes:
     """
     blocks = np.empty((q.scale.size, 144), np.uint8)
     blocks[:, :16] = _scales(q)
-    _fill_nibbles(q.codes.reshape(-1, 4, 2, BLOCK), 16, blocks)
+    _kernels().fill_nibbles(q.codes.reshape(-1, 4, 2, BLOCK), 16, blocks)
     return blocks.reshape(-1)
 
 
@@ -57,8 +57,8 @@ def pack_q5_k(q: Quantized) -> Bytes:
     """
     blocks = np.empty((q.scale.size, 176), np.uint8)
     blocks[:, :16] = _scales(q)
-    _fill_fifth(q.codes.reshape(-1, 8, BLOCK), blocks)
-    _fill_nibbles(q.codes.reshape(-1, 4, 2, BLOCK), 48, blocks)
+    _kernels().fill_fifth(q.codes.reshape(-1, 8, BLOCK), blocks)
+    _kernels().fill_nibbles(q.codes.reshape(-1, 4, 2, BLOCK), 48, blocks)
     return blocks.reshape(-1)
 
 
@@ -69,7 +69,7 @@ def pack_q6_k(q: Quantized) -> Bytes:
     other two the high ones; of 32 bytes of pairs the first run has the lowest.
     """
     blocks = np.empty((q.scale.size, 210), np.uint8)
-    _fill_q6_k(q.codes.reshape(-1, 2, 4, BLOCK), blocks)
+    _kernels().fill_q6_k(q.codes.reshape(-1, 2, 4, BLOCK), blocks)
     blocks[:, 192:208] = _codes_of(q.sub_scale, KQUANT_BLOCK // q.scheme.group)
     blocks[:, 208:] = q.scale.reshape(-1, 1).view(np.uint8)
     return blocks.reshape(-1)
@@ -109,52 +109,8 @@ PACKERS: dict[GGMLQuantizationType, Callable[[Quantized], Bytes]] = {
 }
 
 
-@njit(nogil=True, cache=True)
-def _fill_q4_0(codes, scale, blocks):  # type: ignore[no-untyped-def] # pragma: no cover
-    for i in range(codes.shape[0]):
-        blocks[i, 0], blocks[i, 1] = scale[i, 0], scale[i, 1]
-        for j in range(16):
-            blocks[i, 2 + j] = codes[i, j] | np.uint8(codes[i, 16 + j] << np.uint8(4))
+def _kernels() -> ModuleType:
+    """Compiled loops, imported with the first weight that is packed: a plan needs no compiler."""
+    from lfmq.formats.gguf import kernels
 
-
-@njit(nogil=True, cache=True)
-def _fill_q8_0(codes, scale, blocks):  # type: ignore[no-untyped-def] # pragma: no cover
-    for i in range(codes.shape[0]):
-        blocks[i, 0], blocks[i, 1] = scale[i, 0], scale[i, 1]
-        for j in range(32):
-            blocks[i, 2 + j] = codes[i, j] ^ np.uint8(0x80)
-
-
-@njit(nogil=True, cache=True)
-def _fill_nibbles(codes, start, blocks):  # type: ignore[no-untyped-def] # pragma: no cover
-    for i in range(codes.shape[0]):
-        for c in range(4):
-            for j in range(32):
-                high = np.uint8(codes[i, c, 1, j] << np.uint8(4))
-                blocks[i, start + 32 * c + j] = (codes[i, c, 0, j] & np.uint8(15)) | high
-
-
-@njit(nogil=True, cache=True)
-def _fill_fifth(codes, blocks):  # type: ignore[no-untyped-def] # pragma: no cover
-    for i in range(codes.shape[0]):
-        for j in range(32):
-            blocks[i, 16 + j] = codes[i, 0, j] >> np.uint8(4)
-        for s in range(1, 8):
-            for j in range(32):
-                bit = np.uint8((codes[i, s, j] >> np.uint8(4)) << np.uint8(s))
-                blocks[i, 16 + j] |= bit
-
-
-@njit(nogil=True, cache=True)
-def _fill_q6_k(codes, blocks):  # type: ignore[no-untyped-def] # pragma: no cover
-    low, four = np.uint8(15), np.uint8(4)
-    for i in range(codes.shape[0]):
-        for part in range(2):
-            for j in range(32):
-                a, b = codes[i, part, 0, j], codes[i, part, 1, j]
-                c, d = codes[i, part, 2, j], codes[i, part, 3, j]
-                blocks[i, 64 * part + j] = (a & low) | np.uint8(c << four)
-                blocks[i, 64 * part + 32 + j] = (b & low) | np.uint8(d << four)
-                pairs = (a >> four) | np.uint8((b >> four) << np.uint8(2))
-                pairs |= np.uint8((c >> four) << four) | np.uint8((d >> four) << np.uint8(6))
-                blocks[i, 128 + 32 * part + j] = pairs
+    return kernels

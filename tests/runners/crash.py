@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lfmq.converter.checkpoint.checkpoint import open_checkpoint
+from lfmq.converter.jobs.execution import Execution
 from lfmq.converter.plan.plan import resolve_plan
 from lfmq.converter.plan.recipe import load_recipe
 from lfmq.converter.run.convert import convert
@@ -66,7 +67,7 @@ def run(checkpoint: Path, output: Path, formats: list[str], point: int = -1) -> 
     plan = resolve_plan(opened.config, recipe)
     chosen = {name: FORMATS[name] for name in formats}
     with killed_at(point) as count:
-        convert(opened, recipe, plan, chosen, output, threads=1)
+        convert(opened, recipe, plan, chosen, output, execution=Execution(threads=1))
     return count[0]
 
 

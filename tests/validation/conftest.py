@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from lfmq.converter.checkpoint.checkpoint import open_checkpoint
+from lfmq.converter.jobs.execution import Execution
 from lfmq.converter.model.blocks import model_blocks
 from lfmq.converter.model.forward import Model, embed, normed, run_block
 from lfmq.converter.model.text import load_windows
@@ -116,7 +117,8 @@ def convert_sample(
             recipe = str(folder / "recipe.toml")
         checkpoint, loaded = open_checkpoint(sample_folder), load_recipe(recipe)
         plan = resolve_plan(checkpoint.config, loaded)
-        (build,) = convert(checkpoint, loaded, plan, {format: FORMATS[format]}, folder, threads=1)
+        chosen, execution = {format: FORMATS[format]}, Execution(threads=1)
+        (build,) = convert(checkpoint, loaded, plan, chosen, folder, execution=execution).builds
         return build.path
 
     return make

@@ -9,11 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfmq.converter.checkpoint.checkpoint import Checkpoint
+from lfmq.converter.jobs.execution import Execution
 from lfmq.converter.model.forward import Model
 from lfmq.converter.model.text import Windows
 from lfmq.validation.measure.builds import Engine, EngineBuild, open_builds
 from lfmq.validation.measure.report import Conditions, without_nan
-from lfmq.validation.measure.runs import Comparison, Progress, run_reference
+from lfmq.validation.measure.runs import Comparison, run_reference
 from lfmq.validation.measure.significance import Interval, bootstrap, mcnemar
 from lfmq.validation.measure.validate import conditions_of
 
@@ -115,9 +116,7 @@ def compare(
     windows: Windows,
     *,
     engine: Engine = "read",
-    threads: int = 2,
-    device: str = "cpu",
-    progress: Progress | None = None,
+    execution: Execution = Execution(),
 ) -> PairedReport:
     """Run two builds on the same tokens; what differs, and whether that is more than chance.
 
@@ -127,20 +126,20 @@ def compare(
         second: build b.
         windows: the tokens.
         engine: what runs both.
-        threads: of a native runtime.
-        device: where the reference forward multiplies matrices.
-        progress: called with what was done and how much there is, layers and windows.
+        execution: threads of a native runtime, the device of the reference forward, and whom to
+            tell of layers and windows.
 
     Raises:
         ValidationError: a build cannot be read or is of another model, or a runtime fails.
     """
+    threads, device = execution.threads, execution.device
+    report = execution.counter("comparing", "step")
     builds = open_builds((first, second), (engine,), checkpoint)
     layers = checkpoint.config.num_hidden_layers
     each = len(windows.ids) if engine == "native" else layers
 
     def advance(step: int, _: int) -> None:
-        if progress is not None:
-            progress(step, layers + 2 * each)
+        report(step, layers + 2 * each)
 
     model = Model(checkpoint.config, checkpoint.read, device=device)
     reference = run_reference(model, windows, progress=advance)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from lfmq.converter.checkpoint.checkpoint import Checkpoint
+from lfmq.converter.jobs.execution import Execution
 from lfmq.converter.model.forward import Model
 from lfmq.converter.model.text import Windows
 from lfmq.validation.measure.builds import Engine, EngineBuild, open_builds
@@ -40,9 +41,7 @@ def validate(
     *,
     engines: tuple[Engine, ...] = ("read",),
     by_layer: bool = False,
-    threads: int = 2,
-    device: str = "cpu",
-    progress: Progress | None = None,
+    execution: Execution = Execution(),
 ) -> Report:
     """Run every build in every engine and compare it with the reference.
 
@@ -56,15 +55,15 @@ def validate(
         engines: ``read`` runs the file's weights through the reference forward, ``native`` the
             file in its format's own runtime.
         by_layer: also attribute the divergence to layers and experts.
-        threads: of the runtimes; torch has its own setting.
-        device: where the reference forward multiplies matrices.
-        progress: called with what was done and how much there is, layers and windows.
+        execution: threads of the runtimes (torch has its own setting), the device of the
+            reference forward, and whom to tell of layers and windows.
 
     Raises:
         ValidationError: a build cannot be read or is of another model, or a runtime fails.
     """
     opened = open_builds(tuple(builds), engines, checkpoint)
-    advance = _count(progress, opened, windows, checkpoint.config.num_hidden_layers, by_layer)
+    threads, device = execution.threads, execution.device
+    advance = _count(execution, opened, windows, checkpoint.config.num_hidden_layers, by_layer)
     native = any(build.native for build in opened)
     recording = open_recorder(checkpoint.config, windows) if native else nullcontext()
     model = Model(checkpoint.config, checkpoint.read, device=device)
@@ -133,16 +132,15 @@ def perplexity_of(reference: Reference, beside: Comparison) -> float:
 
 
 def _count(
-    progress: Progress | None,
+    execution: Execution,
     builds: list[EngineBuild],
     windows: Windows,
     layers: int,
     by_layer: bool,
-) -> Progress | None:
+) -> Progress:
     """Progress over all runs: layers of those in the reference forward, windows of the others."""
-    if progress is None:
-        return None
+    report = execution.counter("validating", "step")
     native = sum(build.native for build in builds)
     read = (len(builds) - native) * (2 if by_layer else 1)
     total = layers * (2 + read) + count_native_windows(windows) * native
-    return lambda step, _: progress(step, total)
+    return lambda step, _: report(step, total)

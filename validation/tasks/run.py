@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from lfmq.converter.checkpoint.checkpoint import Checkpoint
+from lfmq.converter.jobs.execution import Execution
 from lfmq.converter.model.decode import Decoder, KeptModel, sequence_nbytes
 from lfmq.converter.model.forward import Model
 from lfmq.converter.model.text import load_tokenizer
@@ -26,8 +27,6 @@ from lfmq.validation.tasks.figures import Answer, Figures
 from lfmq.validation.tasks.repeats import find_repeats
 from lfmq.validation.tasks.sampling import Sampling, card_sampling, draws, sample, stop_tokens
 from lfmq.validation.tasks.tasks import Tasks, has_thought, judge, load_tasks
-
-Progress = Callable[[int, int], None]
 
 # Bytes of keys, values and logits held at a time.
 _STATE_BYTES = 2**31
@@ -98,8 +97,7 @@ def check_builds(
     paths: Iterable[Path],
     checks: Checks,
     *,
-    device: str = "cpu",
-    progress: Progress | None = None,
+    execution: Execution = Execution(),
 ) -> dict[Path, Generation]:
     """Have the checkpoint and finished builds do the tasks.
 
@@ -107,19 +105,19 @@ def check_builds(
         checkpoint: the reference.
         paths: builds of any format.
         checks: what is asked, and how.
-        device: where matrices are multiplied.
-        progress: called with the answers just ended and the number of all answers.
+        execution: the device, and whom to tell of answers.
 
     Raises:
         ValidationError: a build cannot be read or is of another model.
     """
     paths = tuple(dict.fromkeys(paths))
     opened = open_builds(paths, ("read",), checkpoint)
-    builds = (build.model(device) for build in opened)
-    reference = Model(checkpoint.config, checkpoint.read, device=device)
+    builds = (build.model(execution.device) for build in opened)
+    reference = Model(checkpoint.config, checkpoint.read, device=execution.device)
     total = (1 + len(paths)) * len(checks.tasks.tasks) * (1 + checks.runs)
-    advance = None if progress is None else (lambda step: progress(step, total))
-    return dict(zip(paths, compare_models(reference, builds, checks, advance), strict=True))
+    report = execution.counter("generating", "answer")
+    found = compare_models(reference, builds, checks, lambda done: report(done, total))
+    return dict(zip(paths, found, strict=True))
 
 
 def with_generation(report: Report, found: Mapping[Path, Generation]) -> Report:

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 
 from lfmq.converter.checkpoint.checkpoint import open_checkpoint
+from lfmq.converter.jobs.execution import Execution
 from lfmq.converter.jobs.memory import largest_unit, parse_bytes, peak_resident, unit_bytes
 from lfmq.converter.plan.plan import resolve_plan
 from lfmq.converter.plan.recipe import load_recipe, parse_recipe
 from lfmq.converter.quantize.rtn import nearest_units, quantize_entry
-from lfmq.converter.run.convert import convert, plan_builds
+from lfmq.converter.run.convert import convert
+from lfmq.converter.run.planned import plan_builds
 from lfmq.formats.registry import FORMATS
 from lfmq.formats.writing.writer import BuildWriter
 from lfmq.quant.errors import RecipeError
@@ -57,7 +59,7 @@ def layouts(checkpoint, plan):
 
 @pytest.mark.parametrize("name", ["int4", "int8", "int4-all", *RECIPES])
 def test_a_unit_holds_no_more_than_it_is_said_to(sample, tmp_path, monkeypatch, name):
-    for module in ("converter.nearest", "converter.memory", "formats.filler"):
+    for module in ("converter.quantize.rtn", "converter.jobs.memory", "formats.writing.filler"):
         monkeypatch.setattr(f"lfmq.{module}.SLAB", 2**18)
     recipe = parse_recipe(RECIPES[name], name, name) if name in RECIPES else load_recipe(name)
     plan = resolve_plan(sample.config, recipe)
@@ -110,17 +112,20 @@ def test_the_bytes_do_not_depend_on_the_memory(sample, tmp_path, monkeypatch):
     recipe = load_recipe("int4")
     plan = resolve_plan(sample.config, recipe)
     lines: list[str] = []
-    convert(sample, recipe, plan, FORMATS, tmp_path / "much", notice=lines.append)
+    convert(
+        sample, recipe, plan, FORMATS, tmp_path / "much", execution=Execution(notice=lines.append)
+    )
     assert lines == []
-    for module in ("converter.nearest", "converter.memory", "formats.filler"):
+    for module in ("converter.quantize.rtn", "converter.jobs.memory", "formats.writing.filler"):
         monkeypatch.setattr(f"lfmq.{module}.SLAB", 2**14)
-    convert(sample, recipe, plan, FORMATS, tmp_path / "little", memory=1, notice=lines.append)
+    execution = Execution(memory=1, notice=lines.append)
+    convert(sample, recipe, plan, FORMATS, tmp_path / "little", execution=execution)
     (line,) = lines
     assert line.startswith(f"memory: {largest_unit(plan)[0].name} alone takes up to ")
     assert read_all(tmp_path / "much") == read_all(tmp_path / "little")
 
 
-def test_units_in_work_fit_the_room(sample):
+def test_units_in_work_fit_the_headroom(sample):
     plan = resolve_plan(sample.config, load_recipe("int4"))
     by_name = {unit[0].name: unit_bytes(unit) for unit in plan.units()}
     lock, held, most = threading.Lock(), [0], [0]
@@ -132,9 +137,10 @@ def test_units_in_work_fit_the_room(sample):
         with lock:
             held[0] -= by_name[next(iter(weights))]
 
-    room = max(by_name.values())
-    assert len(list(nearest_units(sample, plan, write, 4, room=room))) == len(by_name)
-    assert most[0] <= room
+    headroom, execution = max(by_name.values()), Execution(threads=4)
+    units = nearest_units(sample, plan, write, headroom=headroom, execution=execution)
+    assert len(list(units)) == len(by_name)
+    assert most[0] <= headroom
 
 
 def test_sizes():

@@ -17,7 +17,7 @@ from lfmq.converter.model.text import load_windows
 from lfmq.converter.plan.plan import resolve_plan, token_bytes
 from lfmq.converter.plan.presets import peer_bytes
 from lfmq.converter.plan.recipe import load_recipe
-from lfmq.converter.run.convert import plan_layouts
+from lfmq.converter.run.planned import plan_layouts
 from lfmq.converter.statistics.collect import collect
 from lfmq.converter.statistics.statistics import Statistics
 from lfmq.formats.registry import FORMATS

@@ -12,7 +12,7 @@ from lfmq.converter.checkpoint.checkpoint import open_checkpoint
 from lfmq.converter.model.tensors import expected_tensors
 from lfmq.converter.plan.plan import resolve_plan, token_bytes
 from lfmq.converter.plan.recipe import builtin_recipes, load_recipe, parse_recipe
-from lfmq.converter.run.convert import plan_builds
+from lfmq.converter.run.planned import plan_builds
 from lfmq.formats.plan import (
     EXPERT_ROLES,
     FLOAT_ROLES,

@@ -1,12 +1,15 @@
 """Calibrated conversion: nearer the reference, the same bytes every time, no expert left out."""
 
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from lfmq.converter.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from lfmq.converter.jobs.execution import Execution, Step
 from lfmq.converter.model.forward import Model
 from lfmq.converter.model.text import load_windows
 from lfmq.converter.plan.plan import resolve_plan
@@ -14,7 +17,7 @@ from lfmq.converter.plan.recipe import load_recipe
 from lfmq.converter.quantize.layerwise import calibrated_units
 from lfmq.converter.quantize.rtn import nearest_units
 from lfmq.converter.quantize.settings import Calibration
-from lfmq.converter.run.convert import Amount, convert
+from lfmq.converter.run.convert import convert
 from lfmq.formats.registry import FORMATS
 from lfmq.quant.errors import CheckpointError, ValidationError
 from lfmq.quant.linalg import ridge_factor, step_toward
@@ -39,15 +42,21 @@ def run(sample, recipe, windows=None, threads=2, plan=None):
     """The weights a conversion would write, and what calibration found."""
     plan = plan or resolve_plan(sample.config, load_recipe(recipe))
     found: dict = {}
-    calibration = None
+    execution, returned = Execution(threads=threads), list[Any]()
+    units: Any
     if windows is None:
-        units = nearest_units(sample, plan, found.update, threads)
+        units = nearest_units(sample, plan, found.update, execution=execution)
     else:
-        calibration = Calibration(windows)
-        units = calibrated_units(sample, plan, calibration, found.update, threads)
-    seen = [entry.name for unit in units for entry in unit]
+        units = calibrated_units(
+            sample, plan, Calibration(windows), found.update, execution=execution
+        )
+
+    def each():
+        returned.append((yield from units))
+
+    seen = [entry.name for unit in each() for entry in unit]
     assert sorted(seen) == sorted(found) == sorted(sample.stored)
-    return found, calibration
+    return found, returned[0]
 
 
 def read_of(weights):
@@ -117,7 +126,7 @@ def test_experts_without_tokens_get_a_sound_weight(sample):
     for weight in weights.values():
         values = dequantize(weight) if isinstance(weight, Quantized) else weight
         assert np.isfinite(values).all()
-    assert calibration.routers == []  # nothing could be held out
+    assert calibration.routers == ()  # nothing could be held out
 
 
 def test_a_step_is_the_ridge_regression_of_what_is_missing():
@@ -165,16 +174,19 @@ def test_a_stopped_run_goes_on_at_a_layer(sample, tmp_path, monkeypatch):
     plan = resolve_plan(sample.config, recipe)
     formats = {"gguf": FORMATS["gguf"]}
     windows = windows_of(sample, "calibration.jsonl", 4096)
-    whole, stopped, read = Calibration(windows), Calibration(windows), list[str]()
+    calibration, read = Calibration(windows), list[str]()
+    convert_to = partial(convert, sample, recipe, plan, formats, calibration=calibration)
+    begun: list[Step] = []
 
-    def stop(step, total):
-        if len(stopped.experts) == 20:  # the second MoE layer, 3, is begun
+    def stop(step):
+        begun.extend([step] if step.amounts[0].layers == 4 else [])
+        if len(begun) == 12:  # some experts of the second MoE layer, 3, are finished
             raise StoppedError
 
-    convert(sample, recipe, plan, formats, tmp_path / "whole", calibration=whole)
+    whole = convert_to(tmp_path / "whole")
     output = tmp_path / "stopped"
     with pytest.raises(StoppedError):
-        convert(sample, recipe, plan, formats, output, calibration=stopped, progress=stop)
+        convert_to(output, execution=Execution(progress=stop))
     real = Checkpoint.read
 
     def noted(self, name):
@@ -182,21 +194,12 @@ def test_a_stopped_run_goes_on_at_a_layer(sample, tmp_path, monkeypatch):
         return real(self, name)
 
     monkeypatch.setattr(Checkpoint, "read", noted)
-    resumed, steps = Calibration(windows), list[Amount]()
-    convert(
-        sample,
-        recipe,
-        plan,
-        formats,
-        output,
-        calibration=resumed,
-        threads=1,
-        progress=lambda step, total: steps.append(step),
-    )
+    steps: list[Step] = []
+    resumed = convert_to(output, execution=Execution(threads=1, progress=steps.append))
     assert not any(name.startswith(("model.layers.0.", "model.layers.2.")) for name in read)
     assert any(name.startswith("model.layers.3.") for name in read)
-    assert sum(step.weights for step in steps) == sum(e.size for e in plan.entries)
-    assert resumed.to_json() == whole.to_json()
+    assert sum(step.amounts[0].weights for step in steps) == sum(e.size for e in plan.entries)
+    assert resumed.calibrated == whole.calibrated
     for name in sorted(p.name for p in (tmp_path / "whole").iterdir()):
         assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert [p.name for p in output.iterdir() if p.suffix == ".resume"] == []
@@ -208,8 +211,8 @@ def test_on_a_gpu(sample, calibrated):
     windows = windows_of(sample, "calibration.jsonl", 16384)
     plan = resolve_plan(sample.config, load_recipe("int4"))
     found: dict = {}
-    for _ in calibrated_units(sample, plan, Calibration(windows), found.update, 2, device="cuda"):
-        pass
+    execution = Execution(device="cuda")
+    list(calibrated_units(sample, plan, Calibration(windows), found.update, execution=execution))
     first = "model.layers.0.conv.in_proj.weight"
     assert np.mean(found[first].scale == calibrated[0][first].scale) > 0.9
     text = windows_of(sample, "evaluation.jsonl", 4096)

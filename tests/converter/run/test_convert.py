@@ -5,9 +5,10 @@ import json
 import pytest
 
 from lfmq.converter.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from lfmq.converter.jobs.execution import Execution, Step
 from lfmq.converter.plan.plan import resolve_plan
 from lfmq.converter.plan.recipe import load_recipe
-from lfmq.converter.run.convert import Amount, convert
+from lfmq.converter.run.convert import convert
 from lfmq.converter.run.manifest import verify_build
 from lfmq.formats.registry import FORMATS
 from lfmq.quant.errors import PlanError, ValidationError
@@ -18,11 +19,12 @@ def sample(sample_folder) -> Checkpoint:
     return open_checkpoint(sample_folder)
 
 
-def run(checkpoint, output, *formats, recipe="int4", **options):
+def run(checkpoint, output, *formats, recipe="int4", force=False, **execution):
     loaded = load_recipe(recipe)
     plan = resolve_plan(checkpoint.config, loaded)
     chosen = {name: FORMATS[name] for name in formats or FORMATS}
-    return convert(checkpoint, loaded, plan, chosen, output, **options)
+    running = Execution(**execution)
+    return convert(checkpoint, loaded, plan, chosen, output, force=force, execution=running).builds
 
 
 def content(folder):
@@ -35,7 +37,7 @@ def test_bytes_do_not_depend_on_threads_or_company(sample, tmp_path):
     run(sample, tmp_path / "b", threads=4)
     together = content(tmp_path / "a")
     assert together == content(tmp_path / "b")
-    for name in reversed(FORMATS):
+    for name in reversed([*FORMATS]):
         run(sample, tmp_path / name, name, threads=3)
         alone = content(tmp_path / name)
         manifest = json.loads(alone.pop("lfm2moe-tiny-int4.manifest.json"))
@@ -50,8 +52,11 @@ def test_a_tensor_is_read_once_for_all_formats(sample, count_reads, tmp_path):
 
 
 def test_progress_reaches_the_number_of_weights(sample, tmp_path):
-    seen: list[tuple[Amount, Amount]] = []
-    run(sample, tmp_path, "gguf", progress=lambda step, total: seen.append((step, total)))
+    steps: list[Step] = []
+    run(sample, tmp_path, "gguf", progress=steps.append)
+    assert {step.phase for step in steps} == {"quantizing"}
+    assert sum(step.done for step in steps) == steps[-1].total
+    seen = [step.amounts for step in steps]
     total = seen[-1][1]
     assert sum(step.weights for step, _ in seen) == total.weights == 16_865_728
     assert sum(step.read for step, _ in seen) == total.read

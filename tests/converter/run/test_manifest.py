@@ -18,7 +18,8 @@ def run(folder, output, *formats, **options):
     checkpoint, recipe = open_checkpoint(folder), load_recipe("int4")
     plan = resolve_plan(checkpoint.config, recipe)
     chosen = {name: FORMATS[name] for name in formats}
-    return {b.format: b.path for b in convert(checkpoint, recipe, plan, chosen, output, **options)}
+    made = convert(checkpoint, recipe, plan, chosen, output, **options)
+    return {b.format: b.path for b in made.builds}
 
 
 def manifest_of(output):
@@ -29,7 +30,7 @@ def manifest_of(output):
 def test_formats_one_after_another_equal_formats_together(make_checkpoint, tmp_path):
     folder = make_checkpoint()
     together = run(folder, tmp_path / "a", *FORMATS)
-    for name in reversed(FORMATS):
+    for name in reversed([*FORMATS]):
         run(folder, tmp_path / "b", name)
     a, b = manifest_of(tmp_path / "a"), manifest_of(tmp_path / "b")
     assert a.read_bytes() == b.read_bytes()

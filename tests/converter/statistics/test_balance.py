@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from lfmq.converter.checkpoint.checkpoint import open_checkpoint
 from lfmq.converter.checkpoint.locate import sample_file
+from lfmq.converter.jobs.execution import Execution
 from lfmq.converter.model.forward import Model, run_model
 from lfmq.converter.model.text import load_windows
 from lfmq.converter.statistics.balance import balance, choose_windows, window_loads
@@ -69,7 +70,7 @@ def test_a_choice_is_a_subset_of_the_size_asked_for(windows, layers, experts, ta
 
 
 def test_balanced_text_of_the_sample(sample, pool):
-    one, two = (balance(sample, pool, 1024, threads=n) for n in (1, 2))
+    one, two = (balance(sample, pool, 1024, execution=Execution(threads=n)) for n in (1, 2))
     assert np.array_equal(one.windows.ids, two.windows.ids)
     assert one.windows.tokens == 1024
     assert one.pool == pool.tokens

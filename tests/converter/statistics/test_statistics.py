@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from lfmq.converter.checkpoint.checkpoint import open_checkpoint
 from lfmq.converter.checkpoint.locate import sample_file
+from lfmq.converter.jobs.execution import Execution, Step
 from lfmq.converter.model.forward import Model, run_model
 from lfmq.converter.model.tensors import expected_tensors
 from lfmq.converter.model.text import load_windows
@@ -132,7 +133,7 @@ def test_errors_of_grids_are_those_of_the_weights(sample, statistics):
 
 def test_threads_do_not_matter(sample, windows, statistics, tmp_path):
     save_statistics(tmp_path / "a", statistics)
-    save_statistics(tmp_path / "b", collect(sample, windows, threads=1)[0])
+    save_statistics(tmp_path / "b", collect(sample, windows, execution=Execution(threads=1))[0])
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
@@ -303,9 +304,9 @@ def test_a_killed_run_goes_on(sample, tmp_path):
             time.sleep(0.002)
         os.kill(run.pid, signal.SIGKILL)
     assert not killed.exists()
-    resumed: list[int] = []
+    resumed: list[Step] = []
     windows = windows_of(sample, 2048)
-    calibrate(sample, windows, killed, progress=lambda step, total: resumed.append(step))
+    calibrate(sample, windows, killed, execution=Execution(progress=resumed.append))
     assert not state.exists()
     assert killed.read_bytes() == whole.read_bytes()
 

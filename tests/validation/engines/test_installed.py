@@ -121,7 +121,7 @@ def built(sample_folder, tmp_path_factory):
     recipe = load_recipe("int8")
     plan = resolve_plan(checkpoint.config, recipe)
     output = tmp_path_factory.mktemp("built")
-    made = convert(checkpoint, recipe, plan, FORMATS, output, threads=1)
+    made = convert(checkpoint, recipe, plan, FORMATS, output).builds
     return checkpoint, {b.format: b.path for b in made}
 
 

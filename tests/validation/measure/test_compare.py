@@ -41,7 +41,7 @@ def build(sample, tmp_path_factory):
         loaded = load_recipe(recipe)
         plan = resolve_plan(sample.config, loaded)
         output = tmp_path_factory.mktemp("builds")
-        (found,) = convert(sample, loaded, plan, {"gguf": FORMATS["gguf"]}, output)
+        (found,) = convert(sample, loaded, plan, {"gguf": FORMATS["gguf"]}, output).builds
         return found.path
 
     return make

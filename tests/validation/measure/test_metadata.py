@@ -22,7 +22,7 @@ def builds(sample, tmp_path_factory):
     recipe = load_recipe("int4")
     plan = resolve_plan(sample.config, recipe)
     output = tmp_path_factory.mktemp("builds")
-    return {b.format: b.path for b in convert(sample, recipe, plan, FORMATS, output)}
+    return {b.format: b.path for b in convert(sample, recipe, plan, FORMATS, output).builds}
 
 
 def facts_of(path, format, checkpoint):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from lfmq.converter.checkpoint.checkpoint import open_checkpoint
+from lfmq.converter.jobs.execution import Execution, Step
 from lfmq.converter.model.forward import Model
 from lfmq.converter.model.text import load_windows
 from lfmq.converter.plan.plan import resolve_plan
@@ -28,6 +29,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from lfmq.converter.model.blocks import routed_blocks
+from lfmq.converter.jobs.execution import Execution, Step
 from lfmq.converter.model.forward import Model, route, run_model
 from lfmq.formats.registry import FORMATS
 from lfmq.validation.engines.protocol import WindowRun
@@ -90,7 +92,7 @@ def gguf(sample, tmp_path_factory):
     loaded = load_recipe("int4")
     plan = resolve_plan(sample.config, loaded)
     output = tmp_path_factory.mktemp("builds")
-    (found,) = convert(sample, loaded, plan, {"gguf": FORMATS["gguf"]}, output)
+    (found,) = convert(sample, loaded, plan, {"gguf": FORMATS["gguf"]}, output).builds
     return found.path
 
 
@@ -102,7 +104,7 @@ def test_a_runtime_that_computes_the_same_has_the_same_figures(sample, windows, 
         [gguf],
         windows,
         engines=("read", "native"),
-        progress=lambda step, total: steps.append((step, total)),
+        execution=Execution(progress=lambda step: steps.append((step.done, step.total))),
     )
     read, own = report.builds
     assert (read.engine, own.engine, own.engine_version) == ("read", "twin", "twin 1")
@@ -144,14 +146,14 @@ def test_experts_of_another_model_are_refused(sample, windows, gguf, install, fa
 
 def test_a_missing_runtime_is_said_before_anything_runs(sample, windows, gguf, install):
     install(version="import no_such_runtime")
-    steps = []
+    steps: list[Step] = []
     with pytest.raises(ValidationError, match="twin is not installed"):
         validate(
             sample,
             [gguf],
             windows,
             engines=("native",),
-            progress=lambda step, _: steps.append(step),
+            execution=Execution(progress=steps.append),
         )
     assert not steps
 

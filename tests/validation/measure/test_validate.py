@@ -39,7 +39,7 @@ def build(sample, tmp_path_factory):
         plan = resolve_plan(sample.config, loaded)
         chosen = {name: FORMATS[name] for name in formats}
         output = tmp_path_factory.mktemp("builds")
-        return [b.path for b in convert(sample, loaded, plan, chosen, output)]
+        return [b.path for b in convert(sample, loaded, plan, chosen, output).builds]
 
     return make
 

@@ -14,7 +14,7 @@ from lfmq.converter.mixed_precision.frontier import trace_frontier
 from lfmq.converter.model.text import load_windows
 from lfmq.converter.plan.plan import resolve_plan, token_bytes
 from lfmq.converter.plan.recipe import load_recipe
-from lfmq.converter.run.convert import plan_layouts
+from lfmq.converter.run.planned import plan_layouts
 from lfmq.converter.statistics.collect import collect
 from lfmq.converter.statistics.statistics import save_statistics
 from lfmq.formats.registry import FORMATS

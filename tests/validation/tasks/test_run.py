@@ -51,7 +51,7 @@ def build(sample, tmp_path_factory):
     recipe = load_recipe("int4")
     plan = resolve_plan(sample.config, recipe)
     output = tmp_path_factory.mktemp("builds")
-    return convert(sample, recipe, plan, {"gguf": FORMATS["gguf"]}, output)[0].path
+    return convert(sample, recipe, plan, {"gguf": FORMATS["gguf"]}, output).builds[0].path
 
 
 @pytest.fixture(scope="module")
