@@ -3,7 +3,8 @@
 import ctypes
 import importlib.util
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
@@ -33,11 +35,33 @@ from lfmq.quant.types import (
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# No example fails because a machine is busy, and every run tries the same examples.
+settings.register_profile(
+    "lfmq",
+    deadline=None,
+    derandomize=True,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("lfmq")
+
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Tests marked ``gpu`` need one."""
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_core() -> Iterator[None]:
+    """Commands see one core, so that ``--threads`` is 1 unless a test says otherwise.
+
+    A command sets torch's threads for the rest of the process, and those of a pool spin while
+    they wait: two workers with two threads each take several times as long on two cores.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "sched_getaffinity", lambda pid: {0})
+        yield
 
 
 @pytest.fixture(scope="session")
