@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md"), *ROOT.glob("[!.]*/README.md")])
 COMMANDS = sorted(main.commands)
+# Rooms and tests that a page may name: each of these folders, and what lies in it.
+NAMED = "benchmarks|commands|converter|docs|examples|formats|quant|samples|tests|validation"
 
 
 def fenced(page: str, language: str) -> list[str]:
@@ -70,6 +72,38 @@ def test_links_resolve(page: Path) -> None:
         target = page.parent / path if path else page
         assert target.exists(), f"{page.name} links to {link}"
         assert not anchor or anchor in anchors(target), f"{page.name} links to {link}"
+
+
+def rooms() -> set[str]:
+    """Every package folder below the root, as ``formats/gguf/``."""
+    tops = [p.parent for p in ROOT.glob("*/__init__.py")]
+    found = (p.parent.relative_to(ROOT) for top in tops for p in top.rglob("__init__.py"))
+    return {f"{folder.as_posix()}/" for folder in found}
+
+
+def test_architecture_has_a_line_for_every_room() -> None:
+    page = (ROOT / "ARCHITECTURE.md").read_text("utf-8")
+    named = re.findall(r"^\| `([\w/]+/)` \| \S", page, re.M)
+    assert len(named) == len(set(named))
+    assert set(named) == rooms()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_paths_in_pages_exist(page: Path) -> None:
+    """A path in backticks, such as ``quant/rtn.py`` or ``formats/gguf/``, is there."""
+    if page.name == "CHANGELOG.md":
+        pytest.skip("names what a release had")
+    for path in re.findall(rf"`((?:{NAMED})/[\w./*-]*)`", page.read_text("utf-8")):
+        assert [*ROOT.glob(path.rstrip("/"))], f"{page.name} names {path}"
+
+
+def test_terms_page_names_every_figure_option() -> None:
+    """Each limit on the command line belongs to a figure of the page of terms."""
+    page = (DOCS / "terms.md").read_text("utf-8")
+    options = [o for p in main.commands["validate"].params for o in p.opts]
+    limits = [o for o in options if o.startswith(("--max-", "--min-"))]
+    assert limits
+    assert not [o for o in limits if f"`{o}`" not in page]
 
 
 def test_readme_starts_with_the_two_commands() -> None:

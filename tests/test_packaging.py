@@ -19,6 +19,7 @@ FOLDERS = (
     "commands",
     "converter",
     "docs",
+    "examples",
     "formats",
     "quant",
     "tests",
