@@ -203,12 +203,14 @@ def tiny_assets(tiny_config: ModelConfig, sample_folder: Path) -> Assets:
 
 @pytest.fixture(scope="session")
 def transformers_model() -> Callable[..., object]:
-    """transformers' Lfm2MoeForCausalLM in float32 with weights read by checkpoint name."""
+    """transformers' model in float32 with weights read by checkpoint name."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
 
     def make(config: dict[str, object], read: Callable[[str], NDArray[np.float32]]) -> object:
-        model = transformers.Lfm2MoeForCausalLM(transformers.Lfm2MoeConfig(**config)).eval()
+        kind = "Lfm2" if config["model_type"] == "lfm2" else "Lfm2Moe"
+        made = getattr(transformers, f"{kind}Config")(**config)
+        model = getattr(transformers, f"{kind}ForCausalLM")(made).eval()
         with torch.no_grad():
             for name, parameter in model.state_dict().items():
                 prefix, _, fused = name.rpartition(".experts.")

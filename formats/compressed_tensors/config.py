@@ -9,12 +9,14 @@ and ``down_proj`` for the dense feed-forward, and both ask for an expert's schem
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 from lfmq.formats.plan import (
     EXPERT_ROLES,
     Entry,
+    ModelConfig,
+    ModelType,
     Plan,
     Role,
 )
@@ -52,6 +54,12 @@ _ALIASES: dict[_Family, tuple[tuple[frozenset[str], tuple[str, ...]], ...]] = {
 }
 # vLLM's gate is a Linear like any other; the tied head is not in the file.
 _IGNORED = ("lm_head", r"re:.*feed_forward\.gate$")
+
+# Keys that an engine reads and a checkpoint may lack: vLLM's lfm2 takes widths from these two.
+NEEDED: dict[ModelType, Callable[[ModelConfig], dict[str, Any]]] = {
+    "lfm2_moe": lambda g: {},
+    "lfm2": lambda g: {"block_dim": g.hidden_size, "conv_dim": g.hidden_size},
+}
 
 
 def linear_entries(plan: Plan) -> tuple[Entry, ...]:

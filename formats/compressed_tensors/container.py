@@ -27,6 +27,7 @@ from lfmq.formats.build import (
 )
 from lfmq.formats.compressed_tensors.config import (
     METHOD,
+    NEEDED,
     linear_entries,
     quantization_config,
 )
@@ -124,6 +125,7 @@ def sharded_layout(plan: Plan, assets: Assets, **options: int) -> BuildLayout:
         shard_files(tensors, metadata={"format": "pt"}, total_parameters=weights, **options)
     )
     config = {k: v for k, v in assets.config_json.items() if k not in _DROPPED}
+    config |= NEEDED[plan.config.model_type](plan.config)
     config |= {"quantization_config": quantization_config(plan)}
     files.append(text_file("config.json", as_json(config)))
     card = model_card(plan, assets, files, NAME, _RUNTIME, _stored_as) + _engines(plan)

@@ -116,7 +116,8 @@ _FEED_FORWARD = {"lfm2_moe": _routed_facts, "lfm2": _dense_facts}
 
 
 def _check_consistent(config: dict[str, Any], g: ModelConfig, source: Path) -> None:
-    tied = config.get("tie_word_embeddings", config.get("tie_embedding", True))
+    # transformers lets the older name win
+    tied = config.get("tie_embedding", config.get("tie_word_embeddings", True))
     problems = (
         (not tied, "tie_word_embeddings is false, LFM2 checkpoints tie the head"),
         (bool(config.get("conv_bias")), "conv_bias is true, which is not supported"),

@@ -135,7 +135,7 @@ def layout(plan: Plan, assets: Assets) -> BuildLayout:
         text_file(MODEL_FILE, model),
         FileLayout(DATA_FILE, size, constants, segments),
         text_file("genai_config.json", as_json(_genai_config(plan, assets))),
-        text_file("config.json", as_json(_config(assets))),
+        text_file("config.json", as_json(_config(plan, assets))),
     ]
     files.append(
         text_file("README.md", model_card(plan, assets, files, NAME, _RUNTIME, _stored_as))
@@ -184,10 +184,14 @@ def _segments(tensor: DataTensor, offsets: dict[str, int]) -> Iterator[Segment]:
         yield Segment(offset, nbytes, part.sources, part.pack, part.by_rows)
 
 
-def _config(assets: Assets) -> dict[str, Any]:
-    """The checkpoint's config; transformers.js must be told that there is one data file."""
+def _config(plan: Plan, assets: Assets) -> dict[str, Any]:
+    """The checkpoint's config for transformers.js.
+
+    It must be told that there is one data file, and reads ``layer_types`` alone.
+    """
     external = {"use_external_data_format": {MODEL_FILE: 1}}
-    return assets.config_json | {"transformers.js_config": external}
+    layers = {"layer_types": list(plan.config.layer_types)}
+    return assets.config_json | layers | {"transformers.js_config": external}
 
 
 def _genai_config(plan: Plan, assets: Assets) -> dict[str, Any]:

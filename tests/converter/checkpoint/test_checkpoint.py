@@ -56,17 +56,20 @@ def test_both_config_styles_of_rope(make_checkpoint, config):
     assert open_checkpoint(make_checkpoint(config=config)).config.rope_theta == 5e6
 
 
-def test_tie_embedding_is_a_synonym(make_checkpoint):
-    def write(tied: bool) -> Path:
-        folder = make_checkpoint(str(tied), config={"tie_embedding": tied})
+def test_tie_embedding_wins_over_tie_word_embeddings(make_checkpoint):
+    def write(tied: bool, newer: bool | None) -> Path:
+        folder = make_checkpoint(f"{tied}-{newer}", config={"tie_embedding": tied})
         config = json.loads((folder / "config.json").read_text())
         del config["tie_word_embeddings"]
+        if newer is not None:
+            config["tie_word_embeddings"] = newer
         (folder / "config.json").write_text(json.dumps(config))
         return folder
 
-    open_checkpoint(write(True))
-    with pytest.raises(CheckpointError, match="tie_word_embeddings is false"):
-        open_checkpoint(write(False))
+    for newer in (None, False, True):
+        open_checkpoint(write(True, newer))
+        with pytest.raises(CheckpointError, match="tie_word_embeddings is false"):
+            open_checkpoint(write(False, newer))
 
 
 def test_attention_layers_by_index(make_checkpoint):
