@@ -51,16 +51,24 @@ class Case:
     logits: NDArray[np.float32]
 
 
-@pytest.fixture(scope="module", params=["int4", "int8", "int4-all"])
-def recipe(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(scope="module", params=["int4", "int8", "int4-all", "dense int4-all"])
+def model(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 @pytest.fixture(scope="module")
-def builds(
-    recipe: str, sample_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Path]:
-    checkpoint, loaded = open_checkpoint(sample_folder), load_recipe(recipe)
+def recipe(model: str) -> str:
+    return model.removeprefix("dense ")
+
+
+@pytest.fixture(scope="module")
+def folder(model: str, sample_folder: Path) -> Path:
+    return sample_folder.with_name("lfm2-tiny") if model.startswith("dense") else sample_folder
+
+
+@pytest.fixture(scope="module")
+def builds(recipe: str, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    checkpoint, loaded = open_checkpoint(folder), load_recipe(recipe)
     plan = resolve_plan(checkpoint.config, loaded)
     done = convert(checkpoint, loaded, plan, FORMATS, tmp_path_factory.mktemp(recipe)).builds
     return {b.format: b.path for b in done}
@@ -68,11 +76,11 @@ def builds(
 
 @pytest.fixture(scope="module")
 def cases(
-    builds: dict[str, Path], sample_folder: Path, transformers_model: Callable[..., Any]
+    builds: dict[str, Path], folder: Path, transformers_model: Callable[..., Any]
 ) -> list[Case]:
-    config = json.loads((sample_folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
     model = transformers_model(config, FORMATS["gguf"].open_reader(builds["gguf"]).read)
-    tokenizer = Tokenizer.from_file(str(sample_folder / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     return [_case(model, tokenizer, question) for question in QUESTIONS]
 
 
@@ -100,12 +108,14 @@ def difference(case: Case, logits: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.abs(logits[generated] - case.logits[generated]).max(-1)
 
 
-def test_readers_agree(builds: dict[str, Path], sample_folder: Path) -> None:
+def test_readers_agree(builds: dict[str, Path], folder: Path) -> None:
     readers = {name: FORMATS[name].open_reader(path) for name, path in builds.items()}
-    checkpoint = open_checkpoint(sample_folder)
+    checkpoint = open_checkpoint(folder)
     for name in checkpoint.stored:
         expected = readers["gguf"].read(name)
         np.testing.assert_array_equal(readers["onnx"].read(name), expected, err_msg=name)
+        packed = readers["compressed-tensors"].read(name)
+        np.testing.assert_array_equal(packed, expected, err_msg=name)
         found = readers["mlx"].read(name)
         if name.endswith(("norm.weight", "conv.conv.weight")):
             # MLX keeps them as float16: bfloat16 values below 2^-17 round to a multiple of 2^-24
@@ -121,6 +131,17 @@ def test_llama_cpp(builds: dict[str, Path], cases: list[Case]) -> None:
         (run,) = run_native(EngineRequest(builds["gguf"], ids, slice(0, ids.size)), "gguf")
         assert run.logits is not None
         assert np.median(difference(case, run.logits)) < MEDIAN_TOLERANCE["gguf"]
+
+
+def test_transformers(builds: dict[str, Path], cases: list[Case]) -> None:
+    """What vLLM and SGLang load, through the library that unpacks it; experts run in float16."""
+    pytest.importorskip("compressed_tensors")
+    for case in cases:
+        ids = np.array([case.tokens])
+        request = EngineRequest(builds["compressed-tensors"], ids, slice(0, ids.size))
+        (run,) = run_native(request, "compressed-tensors")
+        assert run.logits is not None
+        assert np.median(difference(case, run.logits)) < MEDIAN_TOLERANCE["mlx"]
 
 
 def test_mlx_lm(builds: dict[str, Path], cases: list[Case]) -> None:
