@@ -19,7 +19,7 @@ DOCS = ROOT / "docs"
 PAGES = sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md"), *ROOT.glob("[!.]*/README.md")])
 COMMANDS = sorted(main.commands)
 # Rooms and tests that a page may name: each of these folders, and what lies in it.
-NAMED = "benchmarks|commands|converter|docs|examples|formats|quant|samples|tests|validation"
+NAMED = "api|benchmarks|commands|converter|docs|examples|formats|quant|samples|tests|validation"
 
 
 def fenced(page: str, language: str) -> list[str]:
