@@ -6,9 +6,9 @@ fill as many bytes as a code has bits: a row of whole groups of 32 fills whole w
 """
 
 import numpy as np
-from numba import njit
 
 from lfmq.formats.build import Bytes
+from lfmq.quant.kernels import kernel
 
 
 def pack_codes(codes: Bytes, bits: int) -> Bytes:
@@ -30,8 +30,8 @@ def pack_codes(codes: Bytes, bits: int) -> Bytes:
     return words.view(np.uint8).reshape(-1, 8)[:, :bits].reshape(-1)
 
 
-@njit(nogil=True, cache=True)
-def _fill_pairs(pairs, packed):  # type: ignore[no-untyped-def] # pragma: no cover
+@kernel
+def _fill_pairs(pairs, packed):  # type: ignore[no-untyped-def]
     for i in range(pairs.size):
         packed[i] = np.uint8(pairs[i] | (pairs[i] >> np.uint16(4)))
 

@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
-from lfmq.formats.build import Format
+from lfmq.formats.build import Assets, Format
 from lfmq.formats.compressed_tensors import container as compressed_tensors
 from lfmq.formats.gguf import container as gguf
 from lfmq.formats.huggingface.config import read_config
 from lfmq.formats.mlx import container as mlx
 from lfmq.formats.onnx import container as onnx
-from lfmq.quant.errors import CheckpointError, ValidationError
+from lfmq.formats.plan import Plan
+from lfmq.quant.errors import CheckpointError, LfmqError, UnsupportedError, ValidationError
 
 FORMATS: dict[str, Format] = {
     "gguf": gguf,
@@ -16,6 +17,34 @@ FORMATS: dict[str, Format] = {
     "onnx": onnx,
     "compressed-tensors": compressed_tensors,
 }
+
+
+def check_plan(module: Format, plan: Plan, assets: Assets) -> None:
+    """Check a plan against a container; the refusal says which others can hold it.
+
+    Raises:
+        UnsupportedError: the container cannot hold the plan.
+    """
+    try:
+        module.check(plan, assets)
+    except UnsupportedError as error:
+        others = [
+            name for name, f in FORMATS.items() if f is not module and _holds(f, plan, assets)
+        ]
+        remedy = "no other format can: change what the recipe gives it"
+        if others:
+            *first, last = others
+            remedy = f"{', '.join(first)} and {last}" if first else last
+            remedy += " can hold it"
+        raise UnsupportedError(f"{error}; {remedy}") from error
+
+
+def _holds(module: Format, plan: Plan, assets: Assets) -> bool:
+    try:
+        module.check(plan, assets)
+    except LfmqError:
+        return False
+    return True
 
 
 def detect_format(path: Path) -> str:

@@ -29,6 +29,7 @@ from lfmq.converter.run.resume_key import check_unchanged, depends_on
 from lfmq.converter.statistics.statistics import Statistics
 from lfmq.formats.build import BuildLayout, Format
 from lfmq.formats.plan import Entry, Plan
+from lfmq.formats.registry import check_plan
 from lfmq.formats.writing.page_cache import outgrows_memory
 from lfmq.formats.writing.writer import BuildWriter
 from lfmq.quant.errors import CheckpointError, PlanError, UnsupportedError, ValidationError
@@ -115,7 +116,7 @@ def plan_layouts(
             "belongs to another checkpoint"
         )
     for module in formats.values():
-        module.check(plan, checkpoint.assets)
+        check_plan(module, plan, checkpoint.assets)
     return {name: f.layout(plan, checkpoint.assets) for name, f in formats.items()}
 
 

@@ -8,20 +8,27 @@ from collections.abc import Callable
 
 import numpy as np
 from gguf import GGMLQuantizationType
-from numba import njit
 from numpy.typing import NDArray
 
 from lfmq.formats.build import Bytes
-from lfmq.quant.types import KQUANT_BLOCK, Grid, Quantized
+from lfmq.formats.schemes import Held
+from lfmq.quant.grids import GRIDS
+from lfmq.quant.kernels import kernel
+from lfmq.quant.types import Quantized
 
 BLOCK = 32  # weights of a Q4_0 or Q8_0 block, and of a sub-block of Q4_K and Q5_K
 
-QUANT_TYPES: dict[tuple[Grid, int], GGMLQuantizationType] = {
+QUANT_TYPES: dict[tuple[str, int], GGMLQuantizationType] = {
     ("symmetric", 4): GGMLQuantizationType.Q4_0,
     ("symmetric", 8): GGMLQuantizationType.Q8_0,
     ("kquant", 4): GGMLQuantizationType.Q4_K,
     ("kquant", 5): GGMLQuantizationType.Q5_K,
     ("kquant", 6): GGMLQuantizationType.Q6_K,
+}
+# What the blocks hold: bits and group of each grid.
+SCHEMES: Held = {
+    grid: {bits: GRIDS[grid].groups[bits][:1] for name, bits in QUANT_TYPES if name == grid}
+    for grid, _ in QUANT_TYPES
 }
 
 
@@ -70,7 +77,7 @@ def pack_q6_k(q: Quantized) -> Bytes:
     """
     blocks = np.empty((q.scale.size, 210), np.uint8)
     _fill_q6_k(q.codes.reshape(-1, 2, 4, BLOCK), blocks)
-    blocks[:, 192:208] = _codes_of(q.sub_scale, KQUANT_BLOCK // q.scheme.group)
+    blocks[:, 192:208] = _codes_of(q.sub_scale, q.scheme.span // q.scheme.group)
     blocks[:, 208:] = q.scale.reshape(-1, 1).view(np.uint8)
     return blocks.reshape(-1)
 
@@ -109,24 +116,24 @@ PACKERS: dict[GGMLQuantizationType, Callable[[Quantized], Bytes]] = {
 }
 
 
-@njit(nogil=True, cache=True)
-def _fill_q4_0(codes, scale, blocks):  # type: ignore[no-untyped-def] # pragma: no cover
+@kernel
+def _fill_q4_0(codes, scale, blocks):  # type: ignore[no-untyped-def]
     for i in range(codes.shape[0]):
         blocks[i, 0], blocks[i, 1] = scale[i, 0], scale[i, 1]
         for j in range(16):
             blocks[i, 2 + j] = codes[i, j] | np.uint8(codes[i, 16 + j] << np.uint8(4))
 
 
-@njit(nogil=True, cache=True)
-def _fill_q8_0(codes, scale, blocks):  # type: ignore[no-untyped-def] # pragma: no cover
+@kernel
+def _fill_q8_0(codes, scale, blocks):  # type: ignore[no-untyped-def]
     for i in range(codes.shape[0]):
         blocks[i, 0], blocks[i, 1] = scale[i, 0], scale[i, 1]
         for j in range(32):
             blocks[i, 2 + j] = codes[i, j] ^ np.uint8(0x80)
 
 
-@njit(nogil=True, cache=True)
-def _fill_nibbles(codes, start, blocks):  # type: ignore[no-untyped-def] # pragma: no cover
+@kernel
+def _fill_nibbles(codes, start, blocks):  # type: ignore[no-untyped-def]
     for i in range(codes.shape[0]):
         for c in range(4):
             for j in range(32):
@@ -134,8 +141,8 @@ def _fill_nibbles(codes, start, blocks):  # type: ignore[no-untyped-def] # pragm
                 blocks[i, start + 32 * c + j] = (codes[i, c, 0, j] & np.uint8(15)) | high
 
 
-@njit(nogil=True, cache=True)
-def _fill_fifth(codes, blocks):  # type: ignore[no-untyped-def] # pragma: no cover
+@kernel
+def _fill_fifth(codes, blocks):  # type: ignore[no-untyped-def]
     for i in range(codes.shape[0]):
         for j in range(32):
             blocks[i, 16 + j] = codes[i, 0, j] >> np.uint8(4)
@@ -145,8 +152,8 @@ def _fill_fifth(codes, blocks):  # type: ignore[no-untyped-def] # pragma: no cov
                 blocks[i, 16 + j] |= bit
 
 
-@njit(nogil=True, cache=True)
-def _fill_q6_k(codes, blocks):  # type: ignore[no-untyped-def] # pragma: no cover
+@kernel
+def _fill_q6_k(codes, blocks):  # type: ignore[no-untyped-def]
     low, four = np.uint8(15), np.uint8(4)
     for i in range(codes.shape[0]):
         for part in range(2):
