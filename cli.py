@@ -14,6 +14,7 @@ from lfmq.commands.plan import plan
 from lfmq.commands.validate import validate
 from lfmq.commands.verify import verify
 from lfmq.quant.errors import LfmqError
+from lfmq.quant.kernels import on_first_compile
 
 
 class Commands(click.Group):
@@ -49,6 +50,7 @@ def main() -> None:
     CHECKPOINT is a folder with config.json and safetensors, the word 'sample', or a Hub id
     org/name[@revision].
     """
+    on_first_compile(lambda: click.echo("compiling kernels, cached for next time", err=True))
 
 
 for command in (inspect, plan, calibrate, convert, frontier, verify, validate, compare):

@@ -8,6 +8,7 @@ fill as many bytes as a code has bits: a row of whole groups of 32 fills whole w
 import numpy as np
 
 from lfmq.formats.build import Bytes
+from lfmq.quant.kernels import kernel
 
 
 def pack_codes(codes: Bytes, bits: int) -> Bytes:
@@ -19,17 +20,20 @@ def pack_codes(codes: Bytes, bits: int) -> Bytes:
     if bits == 8:
         return codes.reshape(-1)
     if bits == 4:
-        # compiled; imported with the first weight that is packed: a plan needs no compiler
-        from lfmq.formats.kernels import fill_pairs
-
         packed = np.empty(codes.size // 2, np.uint8)
-        fill_pairs(codes.reshape(-1).view("<u2"), packed)
+        _fill_pairs(codes.reshape(-1).view("<u2"), packed)
         return packed
     words = codes.reshape(-1).view("<u8")
     for width in (8, 16, 32):
         low, high, gap = _fields(width, bits)
         words = (words & low) | ((words >> gap) & high)
     return words.view(np.uint8).reshape(-1, 8)[:, :bits].reshape(-1)
+
+
+@kernel
+def _fill_pairs(pairs, packed):  # type: ignore[no-untyped-def]
+    for i in range(pairs.size):
+        packed[i] = np.uint8(pairs[i] | (pairs[i] >> np.uint16(4)))
 
 
 def unpack_codes(packed: Bytes, bits: int) -> Bytes:

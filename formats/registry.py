@@ -7,9 +7,10 @@ many commands take to run.
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from lfmq.formats.build import Format
+from lfmq.formats.build import Assets, Format
 from lfmq.formats.huggingface.config import read_config
-from lfmq.quant.errors import CheckpointError, ValidationError
+from lfmq.formats.plan import Plan
+from lfmq.quant.errors import CheckpointError, LfmqError, UnsupportedError, ValidationError
 
 
 def _gguf() -> Format:
@@ -63,6 +64,34 @@ FORMATS: Mapping[str, Format] = _Containers(
         "compressed-tensors": _compressed_tensors,
     }
 )
+
+
+def check_plan(module: Format, plan: Plan, assets: Assets) -> None:
+    """Check a plan against a container; the refusal says which others can hold it.
+
+    Raises:
+        UnsupportedError: the container cannot hold the plan.
+    """
+    try:
+        module.check(plan, assets)
+    except UnsupportedError as error:
+        others = [
+            name for name, f in FORMATS.items() if f is not module and _holds(f, plan, assets)
+        ]
+        remedy = "no other format can: change what the recipe gives it"
+        if others:
+            *first, last = others
+            remedy = f"{', '.join(first)} and {last}" if first else last
+            remedy += " can hold it"
+        raise UnsupportedError(f"{error}; {remedy}") from error
+
+
+def _holds(module: Format, plan: Plan, assets: Assets) -> bool:
+    try:
+        module.check(plan, assets)
+    except LfmqError:
+        return False
+    return True
 
 
 def detect_format(path: Path) -> str:

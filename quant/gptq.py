@@ -11,31 +11,24 @@ inverse of H (Frantar et al. 2022, GPTQ, algorithm 1). Deviations:
   the scale of a group and then each of its codes take the value of least loss.
 - Columns keep their order, so that groups stay whole in every container.
 
-What a grid does with some columns is in ``lfmq.quant.symmetric.gptq`` for the symmetric grid, in
-``lfmq.quant.affine.gptq`` for those with an offset a group and in ``lfmq.quant.kquant.gptq``
-for K-quants.
+What a grid does with some columns is in its folder (``lfmq.quant.state``), compiled and in torch
+operations; the two loops here are the same for both, and for every grid and device.
 
 float32 with float64 factorization. Sums over K go through BLAS: equal on one machine whatever the
 number of workers, not from one kind of processor to another.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lfmq.quant.affine import torch_body as offset_torch
-from lfmq.quant.affine.gptq import OffsetState
-from lfmq.quant.grid import GridState
-from lfmq.quant.kquant import torch_body as superblock_torch
-from lfmq.quant.kquant.gptq import SuperblockState
+from lfmq.quant.grids import GRIDS
 from lfmq.quant.linalg import invert_lower
-from lfmq.quant.simd import whole_lanes
-from lfmq.quant.symmetric import torch_body as gptq_torch
-from lfmq.quant.symmetric.gptq import SymmetricState
-from lfmq.quant.types import Grid, Quantized, Scheme
+from lfmq.quant.state import UNSOUND, Body, GridState, bodies_of
+from lfmq.quant.types import Quantized, Scheme, quantized
 
 # Share of the mean diagonal added to it. Ten times that of Frantar et al. 2022, section 3.3: it
 # costs nothing on text like the calibration's and wins on other text (docs/quantization.md).
@@ -43,8 +36,8 @@ DAMPING = 0.1
 # What they are worth: docs/quantization.md.
 SWEEPS = 3
 F32 = NDArray[np.float32]
-_Start = Callable[[Scheme, tuple[int, ...]], GridState]
-_OnDevice = Callable[[F32, torch.Tensor, torch.Tensor, Scheme, int], Quantized]
+# Rows that a state holds are a multiple of this: compiled bodies take sixteen at a time.
+_ROWS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,86 +77,76 @@ def factorize(moments: torch.Tensor, damping: float = DAMPING) -> FactorizedHess
 
 
 def quantize(
-    w: F32, moments: FactorizedHessian, scheme: Scheme, *, sweeps: int = SWEEPS
+    w: F32,
+    moments: FactorizedHessian,
+    scheme: Scheme,
+    *,
+    sweeps: int = SWEEPS,
+    body: Body | None = None,
 ) -> Quantized:
     """Quantize a weight [N, K] so that its outputs change least.
 
     Args:
         w: the weight; K is a multiple of the scheme's span.
-        moments: of its inputs.
+        moments: of its inputs; where they are, the weight is quantized.
         scheme: its grid.
         sweeps: of coordinate descent after GPTQ.
+        body: of the grid; when None the compiled one on a CPU, else that in torch operations.
 
     Raises:
         ValueError: ``w`` holds a NaN, an Inf or a value beyond float16.
     """
-    rows = len(w)
-    if w.shape[1] % scheme.span:
-        raise ValueError(f"rows of {w.shape[1]} do not divide into groups of {scheme.span}")
-    start, on_device = _GRIDS[scheme.grid]
-    if moments.damped.device.type != "cpu":
-        return on_device(w, moments.damped, moments.factor, scheme, sweeps)
-    w = whole_lanes(w)
-    grid = start(scheme, w.shape)
-    _round_columns(torch.from_numpy(w.copy()), moments, grid)
+    rows, columns = w.shape
+    if columns % scheme.span:
+        raise ValueError(f"rows of {columns} do not divide into groups of {scheme.span}")
+    device = moments.damped.device
+    body = body or ("compiled" if device.type == "cpu" else "torch")
+    weight = torch.nn.functional.pad(torch.from_numpy(w).to(device), (0, 0, 0, -rows % _ROWS))
+    state = bodies_of(GRIDS[scheme.grid]).states[body](scheme, len(weight), columns, device)
+    _round_columns(weight.clone(), moments.factor, state)
     if sweeps:
-        _descend(torch.from_numpy(w), moments.damped, grid, sweeps)
-    return grid.finish().map(lambda array: array[:rows])
+        _descend(weight, moments.damped, state, sweeps)
+    return quantized(state.finish(), scheme).map(lambda array: array[:rows])
 
 
-# By grid: the state that its compiled kernels work on, and the same algorithm for a GPU.
-_GRIDS: dict[Grid, tuple[_Start, _OnDevice]] = {
-    "symmetric": (SymmetricState, gptq_torch.quantize_rows),
-    "affine_bias": (OffsetState, offset_torch.quantize_rows),
-    "affine_zero_point": (OffsetState, offset_torch.quantize_rows),
-    "kquant": (SuperblockState, superblock_torch.quantize_rows),
-}
-
-
-def _round_columns(w: torch.Tensor, moments: FactorizedHessian, grid: GridState) -> None:
-    """GPTQ: fill in the grid's arrays, using up ``w``."""
-    factor = moments.factor
-    costs = (1 / factor.diagonal().square()).numpy()
-    error = np.empty((w.shape[0], grid.block), np.float32)
-    for number, (block, parts) in enumerate(_blocks(w.shape[1], grid)):
-        found = torch.from_numpy(error)
-        sound = grid.search_block(number, w[:, block].numpy(), _importance(costs[block]))
+def _round_columns(w: torch.Tensor, factor: torch.Tensor, state: GridState) -> None:
+    """GPTQ: fill in the state, using up ``w``."""
+    costs = (1 / factor.diagonal().square()).cpu().numpy()
+    error = w.new_empty(len(w), state.block)
+    for number, (block, parts) in enumerate(_blocks(w.shape[1], state)):
+        state.search_block(number, w[:, block], _importance(costs[block], w.device))
         for part in parts:
-            within = np.ascontiguousarray(factor[part, part].numpy())
-            columns = np.ascontiguousarray(w[:, part].numpy())
-            own, index = np.empty_like(columns), part.start // grid.columns
-            sound &= grid.round(index, columns, within, _importance(costs[part]), own)
+            columns = w[:, part].clone(memory_format=torch.contiguous_format)
+            within, cost = factor[part, part].contiguous(), _importance(costs[part], w.device)
+            own = state.round(part.start // state.columns, columns, within, cost)
             error[:, part.start - block.start : part.stop - block.start] = own
             near = slice(part.stop, block.stop)
-            w[:, near].addmm_(torch.from_numpy(own), factor[part, near], alpha=-1)
-        if not sound:
-            raise ValueError("a weight is NaN, Inf or beyond float16")
+            w[:, near].addmm_(own, factor[part, near], alpha=-1)
         rest = slice(block.stop, None)
-        w[:, rest].addmm_(found[:, : block.stop - block.start], factor[block, rest], alpha=-1)
+        w[:, rest].addmm_(error[:, : block.stop - block.start], factor[block, rest], alpha=-1)
+    if not state.sound:
+        raise ValueError(UNSOUND)
 
 
-def _importance(cost: F32) -> F32:
-    """Costs of errors in some columns, of mean 1."""
-    importance: F32 = cost / cost.mean()
-    return importance
+def _importance(cost: F32, device: torch.device) -> torch.Tensor:
+    """Costs of errors in some columns, of mean 1; the mean is numpy's on every device."""
+    return torch.from_numpy(cost / cost.mean()).to(device)
 
 
-def _descend(w: torch.Tensor, h: torch.Tensor, grid: GridState, sweeps: int) -> None:
-    """Coordinate descent on what the grid stores, in place."""
-    gradient = (torch.from_numpy(grid.values()) - w) @ h  # [N, K], half of it
+def _descend(w: torch.Tensor, h: torch.Tensor, state: GridState, sweeps: int) -> None:
+    """Coordinate descent on what the state stores, in place."""
+    gradient = (state.values() - w) @ h  # [N, K], half of it
     for sweep in range(sweeps):
-        for number, (block, parts) in enumerate(_blocks(w.shape[1], grid)):
-            found = torch.zeros(len(w), block.stop - block.start)
-            shared = grid.refit_block(number, gradient[:, block], h[block, block])
+        for number, (block, parts) in enumerate(_blocks(w.shape[1], state)):
+            found = w.new_zeros(len(w), block.stop - block.start)
+            shared = state.refit_block(number, gradient[:, block], h[block, block])
             if shared is not None:
                 found += shared
                 gradient[:, block].addmm_(shared, h[block, block])
             for part in parts:
-                within = np.ascontiguousarray(h[part, part].numpy())
-                columns = np.ascontiguousarray(gradient[:, part].numpy())
-                own = np.empty_like(columns)
-                grid.descend(part.start // grid.columns, columns, within, own)
-                moved = torch.from_numpy(own)
+                columns = gradient[:, part].clone(memory_format=torch.contiguous_format)
+                within = h[part, part].contiguous()
+                moved = state.descend(part.start // state.columns, columns, within)
                 found[:, part.start - block.start : part.stop - block.start] += moved
                 gradient[:, block].addmm_(moved, h[part, block])
             after = slice(block.stop, None)
@@ -173,12 +156,12 @@ def _descend(w: torch.Tensor, h: torch.Tensor, grid: GridState, sweeps: int) -> 
                 gradient[:, before].addmm_(found, h[block, before])
 
 
-def _blocks(columns: int, grid: GridState) -> Iterator[tuple[slice, list[slice]]]:
+def _blocks(columns: int, state: GridState) -> Iterator[tuple[slice, list[slice]]]:
     """Runs of columns whose changes reach all others in one product, each with its parts.
 
     The lazy batches of Frantar et al. 2022, section 3.2: products of many columns are faster.
     """
-    for start in range(0, columns, grid.block):
-        stop = min(start + grid.block, columns)
-        each = grid.columns
+    for start in range(0, columns, state.block):
+        stop = min(start + state.block, columns)
+        each = state.columns
         yield slice(start, stop), [slice(i, i + each) for i in range(start, stop, each)]

@@ -1,90 +1,101 @@
-"""What GPTQ asks of a grid (``lfmq.quant.gptq``): to round some columns, and to refit them.
+"""What a grid is, as data: numbers and one formula of numpy, without any algorithm.
 
-N rows, a multiple of 16; c columns at a time; K columns.
+The folder of a grid has its :class:`Grid` in ``spec.py`` and its algorithms, which import numba
+and torch, in ``bodies.py``; ``lfmq.quant.grids`` lists all grids. E experts, N rows, K columns.
 """
 
-from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from lfmq.quant.types import Quantized, Scheme
-
 F32 = NDArray[np.float32]
+Array = NDArray[Any]
+# Weights [..., G, g] of levels [..., G, g], scale [..., B], offset, sub_scale and sub_min.
+Weights = Callable[[F32, Array, Array | None, Array | None, Array | None], F32]
 
-# Columns whose changes reach all others in one product, a multiple of every group.
-_BLOCK = 128
 
-
-class GridState(ABC):
-    """A weight on its way to the grid, some columns after others.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """The values that a weight can have, and what is stored of it.
 
     Attributes:
-        scheme: of the weight.
-        columns: how many are rounded and refitted at a time.
-        block: how many make a block, a multiple of ``columns``.
+        name: the word of recipes.
+        label: what tables call it, with ``{bits}`` and ``{group}``.
+        groups: by legal bits, the legal groups; the first is the default.
+        side_bits: by bits, what a container stores for each span beside the codes, bits.
+        weights: of levels, scales and offsets.
+        bodies: module with its algorithms.
+        span: weights of a row that share a float16 scale; a group when None.
+        offsets: the bits with which weights have an offset.
+        lowest: by bits, the smallest code in use where that is not 0.
+        levels: of each code, ascending; when None they are evenly spaced.
+        aliases: words of older recipes and files of statistics.
     """
 
-    def __init__(self, scheme: Scheme) -> None:
-        self.scheme = scheme
-        self.columns = scheme.group
-        self.block = _BLOCK
-
-    @abstractmethod
-    def values(self) -> F32:
-        """The weights [N, K] as they stand on the grid."""
-
-    def search_block(self, index: int, w: F32, cost: F32) -> bool:
-        """Choose what a block's columns share; False for a weight that float16 lacks.
-
-        Args:
-            index: of the block.
-            w: its weights [N, block], compensated for the blocks before.
-            cost: importance [block] of each column's squared error.
-        """
-        return True
-
-    @abstractmethod
-    def round(self, index: int, w: F32, factor: F32, cost: F32, error: F32) -> bool:
-        """Search and round some columns; False for a weight that float16 lacks.
-
-        Args:
-            index: counts them.
-            w: their compensated weights [N, c].
-            factor: upper Cholesky factor of the inverse moments within them, [c, c].
-            cost: importance [c] of each column's squared error.
-            error: [N, c], filled in with what the columns to come make up for.
-        """
-
-    def refit_block(
-        self, index: int, gradient: torch.Tensor, h: torch.Tensor
-    ) -> torch.Tensor | None:
-        """Refit what a block's columns share; what was added to the weights [N, block], if any.
-
-        Args:
-            index: of the block.
-            gradient: half the loss's, [N, block].
-            h: the moments within the block.
-        """
-        return None
-
-    @abstractmethod
-    def descend(self, index: int, gradient: F32, h: F32, change: F32) -> None:
-        """Refit some columns to lower the loss.
-
-        Args:
-            index: counts them.
-            gradient: half the loss's, [N, c].
-            h: the moments within them, [c, c].
-            change: [N, c], filled in with what was added to the weights.
-        """
-
-    @abstractmethod
-    def finish(self) -> Quantized:
-        """The weight when all columns are rounded."""
+    name: str
+    label: str
+    groups: Mapping[int, tuple[int, ...]]
+    side_bits: Mapping[int, int]
+    weights: Weights
+    bodies: str
+    span: int | None = None
+    offsets: tuple[int, ...] = ()
+    lowest: Mapping[int, int] = field(default_factory=dict)
+    levels: tuple[float, ...] | None = None
+    aliases: tuple[str, ...] = ()
 
 
-def by_rows(groups: F32) -> F32:
-    """Groups [G, N, g] of columns as a matrix [N, K]."""
-    return groups.transpose(1, 0, 2).reshape(groups.shape[1], -1)
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """The arrays of a weight that a body gives back: those of ``lfmq.quant.types.Quantized``."""
+
+    codes: NDArray[np.uint8]
+    scale: NDArray[np.float16]
+    offset: NDArray[np.float16] | NDArray[np.uint8] | None = None
+    sub_scale: NDArray[np.int8] | None = None
+    sub_min: NDArray[np.int8] | None = None
+
+
+class Form(Protocol):
+    """What a body asks of a scheme (``lfmq.quant.types.Scheme``)."""
+
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+
+    @property
+    def group(self) -> int:
+        """Weights of a row that share a scale."""
+
+    @property
+    def grid(self) -> str:
+        """Its name."""
+
+    @property
+    def levels(self) -> tuple[float, ...] | None:
+        """Of each code, where they are not evenly spaced."""
+
+    @property
+    def has_offset(self) -> bool:
+        """Whether weights move by an offset beside their scale."""
+
+    @property
+    def zero_point(self) -> int:
+        """The code of level 0."""
+
+    @property
+    def lowest_code(self) -> int:
+        """Smallest in use."""
+
+    @property
+    def highest_code(self) -> int:
+        """Largest in use."""
+
+
+def scaled(level: F32, scale: Array, *_: object) -> F32:
+    """Weights of a grid with nothing but a scale; exact in float32 up to 13 bits a level."""
+    level *= scale.astype(np.float32)[..., None]
+    return level

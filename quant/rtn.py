@@ -1,8 +1,7 @@
 """Round to nearest with an importance-weighted search for the scale, on every grid.
 
 Bit-exact by construction: every sum runs over a group in order in float32, one row a SIMD lane,
-without fused multiply-add; the tests hold plain definitions. Each grid has its own search
-(``lfmq.quant.symmetric.search``, ``offset_lanes``, ``superblock_lanes``).
+without fused multiply-add; the tests hold plain definitions. Each grid has its own search.
 """
 
 from typing import Any
@@ -11,17 +10,9 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from lfmq.quant.affine import rtn as offset_rtn
-from lfmq.quant.kquant import rtn as superblock_rtn
-from lfmq.quant.symmetric import rtn as symmetric_rtn
-from lfmq.quant.types import Quantized, Scheme
-
-_GRIDS = {
-    "symmetric": symmetric_rtn.quantize_rows,
-    "affine_bias": offset_rtn.quantize_rows,
-    "affine_zero_point": offset_rtn.quantize_rows,
-    "kquant": superblock_rtn.quantize_rows,
-}
+from lfmq.quant.grids import GRIDS
+from lfmq.quant.state import bodies_of
+from lfmq.quant.types import Quantized, Scheme, quantized
 
 
 def quantize(
@@ -46,9 +37,5 @@ def quantize(
         rows: NDArray[Any] = np.ascontiguousarray(w).view(np.uint16).reshape(-1, shape[-1])
     else:
         rows = np.ascontiguousarray(w, np.float32).reshape(-1, shape[-1])
-    return _reshape(_GRIDS[scheme.grid](rows, h, scheme), shape)
-
-
-def _reshape(q: Quantized, shape: tuple[int, ...]) -> Quantized:
-    """Rows [N, K] as a weight of the shape [..., K]."""
-    return q.map(lambda array: array.reshape(*shape[:-1], array.shape[1]))
+    whole = quantized(bodies_of(GRIDS[scheme.grid]).nearest(rows, h, scheme), scheme)
+    return whole.map(lambda array: array.reshape(*shape[:-1], array.shape[1]))

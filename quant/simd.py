@@ -15,9 +15,11 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic, models, overload, register_model
 from numpy.typing import NDArray
+
+from lfmq.quant.kernels import inner
 
 LANES = 16
 _FLOATS = ir.VectorType(ir.FloatType(), LANES)
@@ -159,8 +161,8 @@ def _negative(a: Any) -> Any:
     return (lambda a: splat(np.float32(-0.0)) - a) if a == VECTOR else None
 
 
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def nearest(value: Any, low: Any, high: Any) -> Any:  # pragma: no cover
+@inner
+def nearest(value: Any, low: Any, high: Any) -> Any:
     """The nearest integers, ties to even, between two vectors."""
     return least(most((value + _ROUND) - _ROUND, low), high)
 

@@ -11,15 +11,10 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-FloatType = Literal["float32", "float16", "bfloat16"]
-Grid = Literal["symmetric", "affine_bias", "affine_zero_point", "kquant"]
-# Names that grids had before, in recipes and files of statistics.
-GRID_ALIASES: dict[str, Grid] = {
-    "affine": "affine_bias",
-    "asymmetric": "affine_zero_point",
-    "superblock": "kquant",
-}
+from lfmq.quant.grid import Stored
+from lfmq.quant.grids import GRIDS
 
+FloatType = Literal["float32", "float16", "bfloat16"]
 FLOAT_BYTES: dict[FloatType, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -27,65 +22,53 @@ FLOAT_BYTES: dict[FloatType, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 class Scheme:
     """How the values of a weight are stored: integer codes with one scale a group of a row.
 
-    With a float16 scale, ``g = k // group`` and ``q = code[n, k]``, a code of ``bits`` bits:
-
-    - ``symmetric``, which every container holds exactly:
-      ``w[n, k] = scale[n, g] * (q - 2 ** (bits - 1))``;
-    - ``affine_bias``, MLX's: ``w[n, k] = scale[n, g] * q + offset[n, g]``, the offset a float16;
-    - ``affine_zero_point``, ONNX's: ``w[n, k] = scale[n, g] * (q - offset[n, g])``, the offset a
-      code;
-    - ``kquant``, ggml's K-quants, where scales have codes too: with ``b = k // 256``,
-      ``w[n, k] = scale[n, b] * sub_scale[n, g] * q - offset[n, b] * sub_min[n, g]`` for 4 and 5
-      bits in groups of 32, ``w[n, k] = scale[n, b] * sub_scale[n, g] * (q - 2 ** (bits - 1))``
-      for 6 bits in groups of 16 (block_q4_K, block_q5_K and block_q6_K of
-      ``ggml/src/ggml-common.h``; scale is d and offset dmin).
+    The grid says what weight a code of ``bits`` bits stands for under the scale of its group:
+    ``lfmq.quant.grids`` lists them, each documents its formula.
     """
 
     bits: int
     group: int = 32
-    grid: Grid = "symmetric"
-
-    @property
-    def zero_point(self) -> int:
-        """The code that stands for 0 on a grid without offsets."""
-        return int(2 ** (self.bits - 1))
+    grid: str = "symmetric"
 
     @property
     def span(self) -> int:
         """Weights of a row that share a float16 scale."""
-        return KQUANT_BLOCK if self.grid == "kquant" else self.group
+        return GRIDS[self.grid].span or self.group
 
     @property
     def has_offset(self) -> bool:
         """Whether weights move by an offset beside their scale."""
-        return self.grid in ("affine_bias", "affine_zero_point") or (
-            self.grid == "kquant" and self.bits in (4, 5)
-        )
+        return self.bits in GRIDS[self.grid].offsets
+
+    @property
+    def levels(self) -> tuple[float, ...] | None:
+        """Of each code, where they are not evenly spaced."""
+        return GRIDS[self.grid].levels
+
+    @property
+    def zero_point(self) -> int:
+        """The code of level 0: in the middle, but on a grid with offsets."""
+        return 0 if self.has_offset or self.levels else int(2 ** (self.bits - 1))
 
     @property
     def lowest_code(self) -> int:
-        """Smallest code in use.
-
-        Symmetric 8-bit leaves 0 out, so that codes - 128 negate as int8 (Q8_0).
-        """
-        return 1 if self.bits == 8 and self.grid == "symmetric" else 0
+        """Smallest code in use."""
+        return GRIDS[self.grid].lowest.get(self.bits, 0)
 
     @property
     def highest_code(self) -> int:
         """Largest code in use."""
         return int(2**self.bits - 1)
 
+    @property
+    def bits_per_weight(self) -> float:
+        """Scales and offsets included."""
+        return self.bits + GRIDS[self.grid].side_bits[self.bits] / self.span
+
     def __str__(self) -> str:
         """Short form for tables, for example ``int4 g32`` ``int4 g64 affine`` or ``q4_k``."""
-        if self.grid == "kquant":
-            return f"q{self.bits}_k"
-        short = f"int{self.bits} g{self.group}"
-        return f"{short} {_SHORT[self.grid]}" if self.grid in _SHORT else short
+        return GRIDS[self.grid].label.format(bits=self.bits, group=self.group)
 
-
-# Model cards have these words for the grids with an offset.
-_SHORT: dict[Grid, str] = {"affine_bias": "affine", "affine_zero_point": "asymmetric"}
-KQUANT_BLOCK = 256  # weights of a K-quant's block, which share its float16 scale and offset
 
 Storage = Scheme | FloatType
 
@@ -131,6 +114,12 @@ class Quantized:
         return Quantized(codes, scale, self.scheme, *others)
 
 
+def quantized(stored: Stored, scheme: Scheme) -> Quantized:
+    """The weight of a scheme whose arrays a body made."""
+    arrays = (stored.offset, stored.sub_scale, stored.sub_min)
+    return Quantized(stored.codes, stored.scale, scheme, *arrays)
+
+
 Weight = Quantized | NDArray[np.float32]
 
 SLAB = 2**23  # weights of a large tensor that are packed at a time
@@ -155,36 +144,19 @@ def rows_of(weight: Weight, start: int, stop: int) -> Weight:
 def dequantize(q: Quantized) -> NDArray[np.float32]:
     """The weights a :class:`Quantized` stands for, float32, shape of its codes.
 
-    A float16 times a code is exact in float32 (11 bits times 8), so that no processor's fused
-    multiply-add rounds an affine weight otherwise than a product and a sum.
+    Raises:
+        ValueError: an array that the grid needs is missing.
     """
-    groups = q.codes.reshape(*q.codes.shape[:-1], -1, q.scheme.group).astype(np.float32)
-    scale = q.scale.astype(np.float32)[..., None]
-    if q.scheme.grid == "kquant":
-        return _dequantize_kquant(q, groups).reshape(q.codes.shape)
-    if q.scheme.grid == "symmetric":
-        values: NDArray[Any] = (groups - np.float32(q.scheme.zero_point)) * scale
-        return values.reshape(q.codes.shape)
-    if q.offset is None:
-        raise ValueError(f"a weight on the {q.scheme.grid} grid has no offsets")
-    offset = q.offset.astype(np.float32)[..., None]
-    values = (
-        groups * scale + offset if q.scheme.grid == "affine_bias" else (groups - offset) * scale
-    )
+    grid, scheme = GRIDS[q.scheme.grid], q.scheme
+    groups = q.codes.reshape(*q.codes.shape[:-1], -1, scheme.group)
+    if grid.levels is None:
+        level = groups.astype(np.float32)
+        if scheme.zero_point:
+            level -= np.float32(scheme.zero_point)
+    else:
+        level = np.array(grid.levels, np.float32)[groups]
+    values = grid.weights(level, q.scale, q.offset, q.sub_scale, q.sub_min)
     return values.reshape(q.codes.shape)
-
-
-def _dequantize_kquant(q: Quantized, groups: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Every product is exact in float32 (11 + 6 + 5 bits, or 11 + 7 + 5); one sum rounds."""
-    if q.sub_scale is None:
-        raise ValueError(f"a weight on the {q.scheme.grid} grid has no scales of sub-blocks")
-    each = q.scheme.span // q.scheme.group
-    scale = np.repeat(q.scale.astype(np.float32), each, -1) * q.sub_scale
-    if q.offset is None or q.sub_min is None:
-        return (groups - np.float32(q.scheme.zero_point)) * scale[..., None]
-    offset = np.repeat(q.offset.astype(np.float32), each, -1) * q.sub_min
-    values: NDArray[np.float32] = groups * scale[..., None] - offset[..., None]
-    return values
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from functools import cache
 from lfmq.converter.jobs.execution import Execution
 from lfmq.formats.plan import Entry, Plan
 from lfmq.quant.errors import RecipeError
-from lfmq.quant.types import KQUANT_BLOCK, SLAB, Scheme
+from lfmq.quant.types import SLAB, Scheme
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20}
 _UNITS["GIB"] = 2**30
@@ -65,11 +65,11 @@ def _held(entry: Entry) -> int:
     """A weight between reading and writing: codes, scales and offsets; floats come whole."""
     if not isinstance(entry.storage, Scheme):
         return _READ * entry.size
-    if entry.storage.grid == "kquant":  # both float16 by block, both bytes by sub-block
-        return (
-            entry.size + 4 * (entry.size // KQUANT_BLOCK) + 2 * entry.size // entry.storage.group
-        )
-    return entry.size + 4 * (entry.size // entry.storage.group)
+    scheme = entry.storage
+    held = entry.size + 4 * (entry.size // scheme.span)  # both float16
+    if scheme.span == scheme.group:
+        return held
+    return held + 2 * entry.size // scheme.group  # both bytes of a sub-block
 
 
 def largest_unit(plan: Plan) -> tuple[Entry, ...]:

@@ -13,6 +13,7 @@ from lfmq.formats.plan import (
     Role,
 )
 from lfmq.quant.errors import UnsupportedError
+from lfmq.quant.grids import GRIDS
 from lfmq.quant.types import Scheme
 
 # Weights of a layer that engines of compressed-tensors fuse and want alike.
@@ -157,7 +158,7 @@ def _expert_rules(routed: Mapping[tuple[int, Role, Scheme], list[int]], experts:
 
 def _rule(conditions: str, scheme: Scheme) -> str:
     rule = f"[[rule]]\n{conditions}\nbits = {scheme.bits}"
-    if scheme.grid != "kquant" and scheme.group != Scheme(scheme.bits).group:
+    if scheme.group != GRIDS[scheme.grid].groups[scheme.bits][0]:
         rule += f"\ngroup = {scheme.group}"
     return rule if scheme.grid == "symmetric" else f'{rule}\ngrid = "{scheme.grid}"'
 

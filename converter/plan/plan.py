@@ -61,7 +61,7 @@ def _storage(tensor: Tensor, rules: list[Rule], recipe: str) -> Storage:
 def _entry(t: Tensor, storage: Storage) -> Entry:
     if isinstance(storage, Scheme) and t.shape[-1] % storage.span:
         remedy = "use a smaller group or a float type"
-        if storage.grid == "kquant":
+        if storage.span != storage.group:  # only a K-quant
             remedy = 'set grid = "symmetric" with bits = 8 (Q8_0) for it'
         raise PlanError(
             f"{t.name}: rows of {t.shape[-1]} weights do not divide into groups of "

@@ -11,7 +11,6 @@ from lfmq.converter.plan.recipe import Recipe, load_recipe, parse_recipe
 from lfmq.formats.plan import ModelConfig, Role
 from lfmq.quant.types import Scheme
 
-_KQUANT_BITS = {4: 4.5, 5: 5.5, 6: 6.5625}  # block_q4_K, block_q5_K, block_q6_K
 # Built-in recipes, or rules of what none of ours is.
 _RECIPES = {"q4_k_m": "q4_k_m", "q5_k_m": "q5_k_m", "q6_k": "q6_k", "q8_0": "int8"}
 _RULES = {
@@ -47,14 +46,7 @@ def peer_bytes(name: str, config: ModelConfig) -> tuple[int, int]:
     for tensor in expected_tensors(config):
         scheme = schemes[tensor.name]
         float_bits = 16 if name == "mlx-4bit" else 32
-        nbytes = tensor.size * (float_bits if scheme is None else _bits(scheme)) / 8
+        nbytes = tensor.size * (float_bits if scheme is None else scheme.bits_per_weight) / 8
         total += nbytes
         token += nbytes if tensor.expert is None else nbytes * share
     return round(total), round(token)
-
-
-def _bits(scheme: Scheme) -> float:
-    """Of a weight, scales and offsets included."""
-    if scheme.grid == "kquant":
-        return _KQUANT_BITS[scheme.bits]
-    return scheme.bits + (32 if scheme.grid == "affine_bias" else 16) / scheme.group

@@ -18,23 +18,14 @@ from lfmq.formats.plan import (
     Role,
 )
 from lfmq.quant.errors import RecipeError
+from lfmq.quant.grids import ALIASES, GRIDS
 from lfmq.quant.types import (
-    GRID_ALIASES,
     FloatType,
-    Grid,
     Scheme,
     Storage,
 )
 
 DEFAULT_RECIPE = "int4"
-_GROUPS = (32, 64, 128)
-# Groups that each grid knows for a number of bits; the first is the default.
-_GRIDS: dict[Grid, dict[int, tuple[int, ...]]] = {
-    "symmetric": {4: _GROUPS, 8: _GROUPS},
-    "affine_bias": {4: _GROUPS, 5: _GROUPS, 6: _GROUPS, 8: _GROUPS},
-    "affine_zero_point": {4: _GROUPS, 8: _GROUPS},
-    "kquant": {4: (32,), 5: (32,), 6: (16,)},
-}
 MORE_BITS = "more_bits"  # in place of layers: those that llama.cpp gives a wider type
 _LARGEST_INDEX = 1_000_000  # of a layer or an expert; a longer range is a slip
 _ROLE_SETS = {"experts": EXPERT_ROLES, "shared": SHARED_ROLES}
@@ -221,11 +212,11 @@ def _storage(table: dict[str, Any], where: str) -> Storage:
         value: FloatType = table["float"]
         return value
     named = table.get("grid", "symmetric")
-    named = GRID_ALIASES.get(named, named) if isinstance(named, str) else named
-    grid = _one_of(_GRIDS, named, "grid", where)
-    bits = _one_of(_GRIDS[grid], table.get("bits"), "bits", where)
-    groups = _GRIDS[grid][bits]
-    return Scheme(bits, _one_of(groups, table.get("group", groups[0]), "group", where), grid)
+    named = ALIASES.get(named, named) if isinstance(named, str) else named
+    grid = GRIDS[_one_of(GRIDS, named, "grid", where)]
+    bits = _one_of(grid.groups, table.get("bits"), "bits", where)
+    groups = grid.groups[bits]
+    return Scheme(bits, _one_of(groups, table.get("group", groups[0]), "group", where), grid.name)
 
 
 def _one_of(legal: Collection[_T], value: Any, key: str, where: str) -> _T:

@@ -8,6 +8,7 @@ from lfmq.converter.checkpoint.checkpoint import Checkpoint
 from lfmq.converter.plan.plan import bits_per_weight, token_bytes
 from lfmq.formats.build import BuildLayout, Format
 from lfmq.formats.plan import Plan
+from lfmq.formats.registry import check_plan
 from lfmq.quant.errors import CheckpointError, UnsupportedError
 
 
@@ -58,7 +59,7 @@ def plan_layouts(
             "belongs to another checkpoint"
         )
     for module in formats.values():
-        module.check(plan, checkpoint.assets)
+        check_plan(module, plan, checkpoint.assets)
     return {name: f.layout(plan, checkpoint.assets) for name, f in formats.items()}
 
 

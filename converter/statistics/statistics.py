@@ -27,22 +27,22 @@ from lfmq.formats.plan import (
     Role,
 )
 from lfmq.quant.errors import PlanError, ValidationError
-from lfmq.quant.types import GRID_ALIASES, InputStats, Scheme
+from lfmq.quant.grids import ALIASES, GRIDS
+from lfmq.quant.types import InputStats, Scheme
 
 VERSION = 2
 # Share of the mean importance that every column has at least.
 _FLOOR = 0.01
 # What losses are measured at, and what other grids' errors are relative to.
 MEASURED = Scheme(4)
-_GROUPS = (32, 64, 128)
 # Streams in which every shared weight is rounded to nearest.
 WHOLE = {"shared": Scheme(8), "shared at 4 bits": MEASURED}
 # Grids whose rounding error is measured for every weight, relative to that of ``MEASURED``.
-SCHEMES: tuple[Scheme, ...] = (
-    *(Scheme(bits, group) for bits in (4, 8) for group in _GROUPS),
-    *(Scheme(bits, group, "affine_bias") for bits in (4, 5, 6, 8) for group in _GROUPS),
-    *(Scheme(bits, group, "affine_zero_point") for bits in (4, 8) for group in _GROUPS),
-    *(Scheme(bits, group, "kquant") for bits, group in ((4, 32), (5, 32), (6, 16))),
+SCHEMES: tuple[Scheme, ...] = tuple(
+    Scheme(bits, group, name)
+    for name in ("symmetric", "affine_bias", "affine_zero_point", "kquant")
+    for bits, groups in GRIDS[name].groups.items()
+    for group in groups
 )
 
 
@@ -269,7 +269,7 @@ def _header(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
             )
         for entry in header["parts"].values():
             Sensitivity(**entry)
-        measured = [(b, g, GRID_ALIASES.get(grid, grid)) for b, g, grid in header["schemes"]]
+        measured = [(b, g, ALIASES.get(grid, grid)) for b, g, grid in header["schemes"]]
         if measured != [astuple(scheme) for scheme in SCHEMES]:
             raise ValidationError(f"{path}: measured at other grids; calibrate again")
         if not isinstance(header["identity"], str) or not isinstance(header["tokens"], int):

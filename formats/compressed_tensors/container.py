@@ -36,19 +36,19 @@ from lfmq.formats.compressed_tensors.reader import open_reader as open_reader
 from lfmq.formats.huggingface.card import Runtime, model_card
 from lfmq.formats.huggingface.safetensors_layout import TensorLayout, pack_float, shard_files
 from lfmq.formats.plan import (
-    FLOAT_ROLES,
     Entry,
     Plan,
     Role,
 )
+from lfmq.formats.schemes import Held, check_scheme
 from lfmq.quant.errors import UnsupportedError
 from lfmq.quant.types import Quantized, Weight, dequantize
 
 NAME = METHOD
 SUFFIX = "-compressed-tensors"
 WIDTHS: WidthScope = "layer"
-BITS = (4, 8)
-GROUPS = (32, 64, 128)
+# What engines have kernels for.
+SCHEMES: Held = {"symmetric": dict.fromkeys((4, 8), (32, 64, 128))}
 
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 # Keys of other quantizations, which loaders would take for this one's or apply on top.
@@ -75,40 +75,14 @@ def check(plan: Plan, assets: Assets) -> None:
     """Refuse what the format, as engines read it, cannot hold.
 
     Raises:
-        UnsupportedError: the tensor, and what can hold it.
+        UnsupportedError: the tensor, and what engines load.
     """
     for entry in plan.entries:
-        _check_entry(entry)
+        check_scheme(entry, SCHEMES, NAME)
     if all(entry.scheme is None for entry in linear_entries(plan)):
         raise UnsupportedError(
             "the recipe keeps every weight that compressed-tensors packs as floats; give experts "
             "or attention bits, or use the checkpoint as it is"
-        )
-
-
-def _check_entry(entry: Entry) -> None:
-    scheme = entry.scheme
-    if scheme is None:
-        return
-    if entry.role in FLOAT_ROLES:
-        raise UnsupportedError(
-            f"{entry.name}: {scheme} asked for, compressed-tensors keeps it as floats"
-        )
-    if scheme.grid != "symmetric":
-        other = {"affine_bias": "mlx", "affine_zero_point": "onnx", "kquant": "gguf"}[scheme.grid]
-        raise UnsupportedError(
-            f"{entry.name}: compressed-tensors holds the symmetric grid, the plan asks for "
-            f'{scheme.grid!r}; set grid = "symmetric", or use {other}'
-        )
-    if scheme.bits not in BITS:
-        raise UnsupportedError(
-            f"{entry.name}: compressed-tensors is written with codes of 4 or 8 bits, which "
-            f"engines have kernels for; the plan asks for {scheme.bits}"
-        )
-    if scheme.group not in GROUPS or entry.shape[-1] % scheme.group:
-        raise UnsupportedError(
-            f"{entry.name}: groups of {scheme.group} in rows of {entry.shape[-1]}; engines take "
-            "groups of 32, 64 or 128 that divide the row"
         )
 
 

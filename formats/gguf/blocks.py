@@ -5,37 +5,44 @@ another along the row.
 """
 
 from collections.abc import Callable
-from types import ModuleType
 
 import numpy as np
 from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from lfmq.formats.build import Bytes
-from lfmq.quant.types import KQUANT_BLOCK, Grid, Quantized
+from lfmq.formats.schemes import Held
+from lfmq.quant.grids import GRIDS
+from lfmq.quant.kernels import kernel
+from lfmq.quant.types import Quantized
 
 BLOCK = 32  # weights of a Q4_0 or Q8_0 block, and of a sub-block of Q4_K and Q5_K
 
-QUANT_TYPES: dict[tuple[Grid, int], GGMLQuantizationType] = {
+QUANT_TYPES: dict[tuple[str, int], GGMLQuantizationType] = {
     ("symmetric", 4): GGMLQuantizationType.Q4_0,
     ("symmetric", 8): GGMLQuantizationType.Q8_0,
     ("kquant", 4): GGMLQuantizationType.Q4_K,
     ("kquant", 5): GGMLQuantizationType.Q5_K,
     ("kquant", 6): GGMLQuantizationType.Q6_K,
 }
+# What the blocks hold: bits and group of each grid.
+SCHEMES: Held = {
+    grid: {bits: GRIDS[grid].groups[bits][:1] for name, bits in QUANT_TYPES if name == grid}
+    for grid, _ in QUANT_TYPES
+}
 
 
 def pack_q4_0(q: Quantized) -> Bytes:
     """block_q4_0: float16 scale, then 16 bytes; byte j holds code j low and code j + 16 high."""
     blocks = np.empty((q.scale.size, 18), np.uint8)
-    _kernels().fill_q4_0(q.codes.reshape(-1, BLOCK), q.scale.reshape(-1, 1).view(np.uint8), blocks)
+    _fill_q4_0(q.codes.reshape(-1, BLOCK), q.scale.reshape(-1, 1).view(np.uint8), blocks)
     return blocks.reshape(-1)
 
 
 def pack_q8_0(q: Quantized) -> Bytes:
     """block_q8_0: float16 scale, then 32 int8 (code - 128)."""
     blocks = np.empty((q.scale.size, 34), np.uint8)
-    _kernels().fill_q8_0(q.codes.reshape(-1, BLOCK), q.scale.reshape(-1, 1).view(np.uint8), blocks)
+    _fill_q8_0(q.codes.reshape(-1, BLOCK), q.scale.reshape(-1, 1).view(np.uint8), blocks)
     return blocks.reshape(-1)
 
 
@@ -46,7 +53,7 @@ def pack_q4_k(q: Quantized) -> Bytes:
     """
     blocks = np.empty((q.scale.size, 144), np.uint8)
     blocks[:, :16] = _scales(q)
-    _kernels().fill_nibbles(q.codes.reshape(-1, 4, 2, BLOCK), 16, blocks)
+    _fill_nibbles(q.codes.reshape(-1, 4, 2, BLOCK), 16, blocks)
     return blocks.reshape(-1)
 
 
@@ -57,8 +64,8 @@ def pack_q5_k(q: Quantized) -> Bytes:
     """
     blocks = np.empty((q.scale.size, 176), np.uint8)
     blocks[:, :16] = _scales(q)
-    _kernels().fill_fifth(q.codes.reshape(-1, 8, BLOCK), blocks)
-    _kernels().fill_nibbles(q.codes.reshape(-1, 4, 2, BLOCK), 48, blocks)
+    _fill_fifth(q.codes.reshape(-1, 8, BLOCK), blocks)
+    _fill_nibbles(q.codes.reshape(-1, 4, 2, BLOCK), 48, blocks)
     return blocks.reshape(-1)
 
 
@@ -69,8 +76,8 @@ def pack_q6_k(q: Quantized) -> Bytes:
     other two the high ones; of 32 bytes of pairs the first run has the lowest.
     """
     blocks = np.empty((q.scale.size, 210), np.uint8)
-    _kernels().fill_q6_k(q.codes.reshape(-1, 2, 4, BLOCK), blocks)
-    blocks[:, 192:208] = _codes_of(q.sub_scale, KQUANT_BLOCK // q.scheme.group)
+    _fill_q6_k(q.codes.reshape(-1, 2, 4, BLOCK), blocks)
+    blocks[:, 192:208] = _codes_of(q.sub_scale, q.scheme.span // q.scheme.group)
     blocks[:, 208:] = q.scale.reshape(-1, 1).view(np.uint8)
     return blocks.reshape(-1)
 
@@ -109,8 +116,52 @@ PACKERS: dict[GGMLQuantizationType, Callable[[Quantized], Bytes]] = {
 }
 
 
-def _kernels() -> ModuleType:
-    """Compiled loops, imported with the first weight that is packed: a plan needs no compiler."""
-    from lfmq.formats.gguf import kernels
+@kernel
+def _fill_q4_0(codes, scale, blocks):  # type: ignore[no-untyped-def]
+    for i in range(codes.shape[0]):
+        blocks[i, 0], blocks[i, 1] = scale[i, 0], scale[i, 1]
+        for j in range(16):
+            blocks[i, 2 + j] = codes[i, j] | np.uint8(codes[i, 16 + j] << np.uint8(4))
 
-    return kernels
+
+@kernel
+def _fill_q8_0(codes, scale, blocks):  # type: ignore[no-untyped-def]
+    for i in range(codes.shape[0]):
+        blocks[i, 0], blocks[i, 1] = scale[i, 0], scale[i, 1]
+        for j in range(32):
+            blocks[i, 2 + j] = codes[i, j] ^ np.uint8(0x80)
+
+
+@kernel
+def _fill_nibbles(codes, start, blocks):  # type: ignore[no-untyped-def]
+    for i in range(codes.shape[0]):
+        for c in range(4):
+            for j in range(32):
+                high = np.uint8(codes[i, c, 1, j] << np.uint8(4))
+                blocks[i, start + 32 * c + j] = (codes[i, c, 0, j] & np.uint8(15)) | high
+
+
+@kernel
+def _fill_fifth(codes, blocks):  # type: ignore[no-untyped-def]
+    for i in range(codes.shape[0]):
+        for j in range(32):
+            blocks[i, 16 + j] = codes[i, 0, j] >> np.uint8(4)
+        for s in range(1, 8):
+            for j in range(32):
+                bit = np.uint8((codes[i, s, j] >> np.uint8(4)) << np.uint8(s))
+                blocks[i, 16 + j] |= bit
+
+
+@kernel
+def _fill_q6_k(codes, blocks):  # type: ignore[no-untyped-def]
+    low, four = np.uint8(15), np.uint8(4)
+    for i in range(codes.shape[0]):
+        for part in range(2):
+            for j in range(32):
+                a, b = codes[i, part, 0, j], codes[i, part, 1, j]
+                c, d = codes[i, part, 2, j], codes[i, part, 3, j]
+                blocks[i, 64 * part + j] = (a & low) | np.uint8(c << four)
+                blocks[i, 64 * part + 32 + j] = (b & low) | np.uint8(d << four)
+                pairs = (a >> four) | np.uint8((b >> four) << np.uint8(2))
+                pairs |= np.uint8((c >> four) << four) | np.uint8((d >> four) << np.uint8(6))
+                blocks[i, 128 + 32 * part + j] = pairs

@@ -24,13 +24,14 @@ from lfmq.formats.build import (
     WidthScope,
     as_bytes,
 )
-from lfmq.formats.gguf.blocks import BLOCK, PACKERS, QUANT_TYPES
+from lfmq.formats.gguf.blocks import PACKERS, QUANT_TYPES, SCHEMES
 from lfmq.formats.gguf.metadata import TensorHeader, header_bytes, tokenizer_vocabulary
 from lfmq.formats.gguf.names import name_map, split_expert, tensor_name
 from lfmq.formats.gguf.reader import open_reader as open_reader
 from lfmq.formats.plan import Entry, Plan, Role
+from lfmq.formats.schemes import check_scheme
 from lfmq.quant.errors import UnsupportedError
-from lfmq.quant.types import KQUANT_BLOCK, Scheme, Storage
+from lfmq.quant.types import Scheme, Storage
 
 NAME = "gguf"
 SUFFIX = ".gguf"
@@ -72,64 +73,29 @@ def check(plan: Plan, assets: Assets) -> None:
     """Refuse what llama.cpp's loader cannot express.
 
     Raises:
-        UnsupportedError: the setting or tensor, and which formats can hold it.
+        UnsupportedError: the setting or tensor, and what llama.cpp has.
     """
     g = plan.config
     if not g.norm_topk_prob:
         raise UnsupportedError(
             "config.json: norm_topk_prob is false, llama.cpp always normalizes the routing "
-            "weights of lfm2moe; use onnx or mlx"
+            "weights of lfm2moe"
         )
     if g.routed_scaling_factor != 1.0:
         raise UnsupportedError(
             f"config.json: routed_scaling_factor is {g.routed_scaling_factor}, llama.cpp's "
-            "lfm2moe has no such factor (1 is the only value); use onnx or mlx"
+            "lfm2moe has no such factor (1 is the only value)"
         )
     if g.head_dim * g.num_attention_heads != g.hidden_size:
         raise UnsupportedError(
             f"config.json: head_dim {g.head_dim} x {g.num_attention_heads} heads is not "
-            f"hidden_size {g.hidden_size}, which llama.cpp derives it from; use onnx"
+            f"hidden_size {g.hidden_size}, which llama.cpp derives it from"
         )
     tokenizer_vocabulary(assets, g.vocab_size)
     for entry in plan.entries:
-        _check_entry(entry)
+        check_scheme(entry, SCHEMES, NAME)
     for _ in _stacks(plan):
         pass
-
-
-def _check_entry(entry: Entry) -> None:
-    scheme = entry.scheme
-    if scheme is None:
-        return
-    if scheme.grid == "kquant":
-        _check_superblocks(entry, scheme)
-        return
-    if scheme.grid != "symmetric":
-        other = "mlx" if scheme.grid == "affine_bias" else "onnx"
-        raise UnsupportedError(
-            f"{entry.name}: GGUF's Q4_0 and Q8_0 blocks have a scale and no offset, the plan asks "
-            f'for the grid {scheme.grid!r}; set grid = "symmetric", or use {other}'
-        )
-    if scheme.group != BLOCK:
-        raise UnsupportedError(
-            f"{entry.name}: GGUF blocks hold {BLOCK} weights, the plan asks for groups of "
-            f"{scheme.group}; set group = {BLOCK} or use mlx, onnx or compressed-tensors"
-        )
-    if (scheme.grid, scheme.bits) not in QUANT_TYPES:
-        raise UnsupportedError(f"{entry.name}: gguf has no symmetric {scheme.bits}-bit block")
-
-
-def _check_superblocks(entry: Entry, scheme: Scheme) -> None:
-    if (scheme.grid, scheme.bits) not in QUANT_TYPES:
-        raise UnsupportedError(
-            f"{entry.name}: gguf is written with K-quants of 4, 5 and 6 bits, the plan asks for "
-            f"{scheme.bits}; set one of these"
-        )
-    if entry.shape[-1] % KQUANT_BLOCK:
-        raise UnsupportedError(
-            f"{entry.name}: rows of {entry.shape[-1]} weights, K-quants hold blocks of "
-            f'{KQUANT_BLOCK}; set grid = "symmetric" with bits = 8 (Q8_0) for it'
-        )
 
 
 def _stacks(plan: Plan) -> Iterator[_Stack]:
@@ -144,8 +110,7 @@ def _stacks(plan: Plan) -> Iterator[_Stack]:
             if entry.storage != first.storage:
                 raise UnsupportedError(
                     f"{entry.name}: {entry.storage} beside {first.storage} in one layer; GGUF "
-                    "holds a layer's experts of one projection in one type; use onnx or "
-                    "compressed-tensors for widths of single experts"
+                    "holds a layer's experts of one projection in one type"
                 )
         yield _Stack(tensor_name(key, names), tuple(entries), _tensor_type(first))
 

@@ -24,16 +24,18 @@ from lfmq.quant.errors import UnsupportedError
 
 _SIGMOID = 2  # llama.cpp's LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID
 
+# Of a main type, where its name is not MOSTLY and the type's.
 _FILE_TYPES = {
     GGMLQuantizationType.F32: LlamaFileType.ALL_F32,
-    GGMLQuantizationType.F16: LlamaFileType.MOSTLY_F16,
-    GGMLQuantizationType.BF16: LlamaFileType.MOSTLY_BF16,
-    GGMLQuantizationType.Q4_0: LlamaFileType.MOSTLY_Q4_0,
-    GGMLQuantizationType.Q8_0: LlamaFileType.MOSTLY_Q8_0,
     GGMLQuantizationType.Q4_K: LlamaFileType.MOSTLY_Q4_K_M,
     GGMLQuantizationType.Q5_K: LlamaFileType.MOSTLY_Q5_K_M,
-    GGMLQuantizationType.Q6_K: LlamaFileType.MOSTLY_Q6_K,
 }
+
+
+def _file_type(main_type: GGMLQuantizationType) -> LlamaFileType:
+    if main_type in _FILE_TYPES:
+        return _FILE_TYPES[main_type]
+    return LlamaFileType[f"MOSTLY_{main_type.name}"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,7 @@ def _add_general(
     writer.add_type("model")
     writer.add_name(assets.name)
     writer.add_size_label(_size_label(plan))
-    writer.add_file_type(int(_FILE_TYPES[main_type]))
+    writer.add_file_type(int(_file_type(main_type)))
     writer.add_quantization_version(2)
     writer.add_string("lfmq.recipe", plan.recipe)
     writer.add_array("lfmq.proven_with", PROVEN["gguf"])

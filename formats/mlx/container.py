@@ -35,20 +35,22 @@ from lfmq.formats.huggingface.safetensors_layout import (
 from lfmq.formats.mlx.names import NAMES, module_path
 from lfmq.formats.mlx.reader import open_reader as open_reader
 from lfmq.formats.plan import (
-    FLOAT_ROLES,
     Entry,
     Plan,
     Role,
 )
+from lfmq.formats.schemes import Held, check_scheme
 from lfmq.quant.errors import UnsupportedError
-from lfmq.quant.types import Grid, Quantized, Scheme
+from lfmq.quant.types import Quantized, Scheme
 
 NAME = "mlx"
 SUFFIX = "-mlx"
 WIDTHS: WidthScope = "stack"
-# Bits of a code by grid.
-GRIDS: dict[Grid, tuple[int, ...]] = {"symmetric": (4, 8), "affine_bias": (4, 5, 6, 8)}
-GROUPS = (32, 64, 128)
+_GROUPS = (32, 64, 128)
+SCHEMES: Held = {
+    "symmetric": dict.fromkeys((4, 8), _GROUPS),
+    "affine_bias": dict.fromkeys((4, 5, 6, 8), _GROUPS),
+}
 
 # Activations take the dtype of norms and scales; the router's scores decide in float32.
 _FLOAT16_ROLES = (Role.NORM, Role.CONV_KERNEL)
@@ -69,56 +71,28 @@ def check(plan: Plan, assets: Assets) -> None:
     """Refuse what mlx-lm cannot hold or would compute otherwise.
 
     Raises:
-        UnsupportedError: the setting or tensor, and which formats can hold it.
+        UnsupportedError: the setting or tensor, and what mlx-lm has.
     """
     g = plan.config
     if g.head_dim * g.num_attention_heads != g.hidden_size:
         raise UnsupportedError(
             f"config.json: head_dim {g.head_dim} x {g.num_attention_heads} heads is not "
-            f"hidden_size {g.hidden_size}, which mlx-lm derives it from; use onnx"
+            f"hidden_size {g.hidden_size}, which mlx-lm derives it from"
         )
     if not g.attention_layers or not g.conv_layers:
         raise UnsupportedError(
             "config.json: layer_types has only one kind, mlx-lm needs an attention and a conv "
-            "layer; use onnx"
+            "layer"
         )
     if g.conv_L_cache < 2:
         raise UnsupportedError(
             f"config.json: conv_L_cache is {g.conv_L_cache}, with which mlx-lm's convolution "
-            "cache keeps every token instead of none; use onnx"
+            "cache keeps every token instead of none"
         )
     for entry in plan.entries:
-        _check_entry(entry)
+        check_scheme(entry, SCHEMES, NAME)
     for _, entries in _modules(plan):
         _check_stack(entries)
-
-
-def _check_entry(entry: Entry) -> None:
-    scheme = entry.scheme
-    if scheme is None:
-        return
-    if entry.role in FLOAT_ROLES:
-        raise UnsupportedError(f"{entry.name}: {scheme} asked for, mlx keeps it as floats")
-    if scheme.grid not in GRIDS:
-        other = "gguf" if scheme.grid == "kquant" else "onnx"
-        raise UnsupportedError(
-            f"{entry.name}: mlx holds the grids symmetric and affine_bias, the plan asks for "
-            f'{scheme.grid!r}; set grid = "affine_bias", or use {other}'
-        )
-    if scheme.bits not in GRIDS[scheme.grid]:
-        raise UnsupportedError(
-            f"{entry.name}: mlx holds codes of {_numbers(GRIDS[scheme.grid])} bits on the "
-            f"{scheme.grid} grid, the plan asks for {scheme.bits}; set one of these"
-        )
-    if scheme.group not in GROUPS or entry.shape[-1] % scheme.group:
-        raise UnsupportedError(
-            f"{entry.name}: groups of {scheme.group} in rows of {entry.shape[-1]}; mlx takes "
-            "groups of 32, 64 or 128 that divide the row"
-        )
-
-
-def _numbers(bits: tuple[int, ...]) -> str:
-    return ", ".join(map(str, bits[:-1])) + f" or {bits[-1]}"
 
 
 def _check_stack(entries: tuple[Entry, ...]) -> None:
@@ -126,8 +100,7 @@ def _check_stack(entries: tuple[Entry, ...]) -> None:
         if entry.storage != entries[0].storage:
             raise UnsupportedError(
                 f"{entry.name}: {entry.storage} beside {entries[0].storage} of "
-                f"{entries[0].name}; mlx stacks a layer's experts in one width, use onnx or "
-                "compressed-tensors for widths of single experts"
+                f"{entries[0].name}; mlx stacks a layer's experts in one width"
             )
 
 

@@ -25,15 +25,15 @@ from lfmq.formats.onnx.graph import GraphBuilder
 from lfmq.formats.onnx.reader import DATA_FILE, MODEL_FILE
 from lfmq.formats.onnx.reader import open_reader as open_reader
 from lfmq.formats.onnx.tensors import DataTensor, float_dtype
-from lfmq.formats.plan import FLOAT_ROLES, Entry, Plan
+from lfmq.formats.plan import Entry, Plan
+from lfmq.formats.schemes import Held, check_scheme
 from lfmq.quant.errors import UnsupportedError
 
 NAME = "onnx"
 SUFFIX = "-onnx"
 WIDTHS: WidthScope = "expert"
-GRIDS = ("symmetric", "affine_zero_point")
-BITS = (4, 8)
-GROUPS = (32, 64, 128)
+_GROUPS = (32, 64, 128)
+SCHEMES: Held = dict.fromkeys(("symmetric", "affine_zero_point"), dict.fromkeys((4, 8), _GROUPS))
 # a page: what runtimes map at a time (onnx.proto, external_data); smaller tensors share pages
 _PAGE = 4096
 _SMALL = 64
@@ -61,7 +61,7 @@ def check(plan: Plan, assets: Assets) -> None:
     """Refuse what ONNX Runtime's operators cannot hold.
 
     Raises:
-        UnsupportedError: the setting or tensor, and what can be done.
+        UnsupportedError: the setting or tensor, and what the operators have.
     """
     g = plan.config
     if assets.config_json.get("conv_bias"):
@@ -69,36 +69,13 @@ def check(plan: Plan, assets: Assets) -> None:
     if g.attention_layers and g.head_dim % 16:
         raise UnsupportedError(
             f"config.json: head_dim is {g.head_dim}, onnx's GroupQueryAttention takes multiples "
-            "of 16; use gguf, mlx or compressed-tensors"
+            "of 16"
         )
     for entry in plan.entries:
-        _check_entry(entry)
+        check_scheme(entry, SCHEMES, NAME)
+        if entry.scheme is None:
+            float_dtype(entry)
     _check_experts(plan)
-
-
-def _check_entry(entry: Entry) -> None:
-    scheme = entry.scheme
-    if scheme is None:
-        float_dtype(entry)
-        return
-    if entry.role in FLOAT_ROLES:
-        raise UnsupportedError(f"{entry.name}: {scheme} asked for, onnx keeps it as floats")
-    if scheme.grid not in GRIDS:
-        other = "gguf" if scheme.grid == "kquant" else "mlx"
-        raise UnsupportedError(
-            f"{entry.name}: onnx holds the grids symmetric and affine_zero_point, the plan asks "
-            f'for {scheme.grid!r}; set grid = "affine_zero_point", or use {other}'
-        )
-    if scheme.bits not in BITS:
-        raise UnsupportedError(
-            f"{entry.name}: onnx holds codes of 4 or 8 bits, the plan asks for {scheme.bits}; "
-            "set one of these"
-        )
-    if scheme.group not in GROUPS or entry.shape[-1] % scheme.group:
-        raise UnsupportedError(
-            f"{entry.name}: groups of {scheme.group} in rows of {entry.shape[-1]}; onnx takes "
-            "groups of 32, 64 or 128 that divide the row"
-        )
 
 
 def _check_experts(plan: Plan) -> None:
@@ -111,8 +88,7 @@ def _check_experts(plan: Plan) -> None:
         if entry.storage != other.storage:
             raise UnsupportedError(
                 f"{entry.name}: {entry.storage} beside {other.storage} of {other.name}; onnx's "
-                "QMoE has one width an expert: give its w1, w2 and w3 the same, or use gguf, mlx "
-                "or compressed-tensors"
+                "QMoE has one width an expert: give its w1, w2 and w3 the same"
             )
 
 

@@ -15,7 +15,7 @@ from lfmq.formats.huggingface.config import parse_config, read_config
 from lfmq.formats.onnx.tensors import unpack
 from lfmq.formats.plan import ModelConfig
 from lfmq.quant.errors import CheckpointError, ValidationError
-from lfmq.quant.types import Grid, Scheme
+from lfmq.quant.types import Scheme
 
 MODEL_FILE = "model.onnx"
 # transformers.js finds the data file by this name, other runtimes by the graph's own reference
@@ -69,7 +69,7 @@ class OnnxReader:
         for index in _QUANTIZED_INPUTS.get(node.op_type, ()):
             bits = facts["expert_weight_bits" if node.op_type == "QMoE" else "bits"]
             codes = node.input[index]
-            grid: Grid = "affine_zero_point" if _zero_name(codes) in node.input else "symmetric"
+            grid = "affine_zero_point" if _zero_name(codes) in node.input else "symmetric"
             self._schemes[codes] = Scheme(bits, facts["block_size"], grid)
         if node.op_type in ("QMoE", "MoE"):
             wide, narrow = (2, 5) if node.op_type == "QMoE" else (2, 4)

@@ -64,7 +64,7 @@ def float_dtype(entry: Entry) -> type[np.float32] | type[np.float16]:
         return np.float16
     raise UnsupportedError(
         f"{entry.name}: onnx stores floats as float32 or float16, the plan asks for "
-        f"{entry.storage}; set one of these or use gguf, mlx or compressed-tensors"
+        f"{entry.storage}"
     )
 
 

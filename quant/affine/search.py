@@ -1,22 +1,24 @@
 """The search for scale and offset of a group, for the grids that have both, a row a SIMD lane.
 
-``affine``: for weights ``x`` with importance ``h`` the real scale s and offset b minimize
+``affine_bias``: for weights ``x`` with importance ``h`` the real scale s and offset b minimize
 ``sum h (x - s q - b)^2`` over candidates that let the group's range span t levels and shift the
 levels by a share of a step; for the codes of a candidate they are the weighted linear regression
 of x on q. The best candidate is fitted once more, the scale is rounded to float16, the offset is
 fitted to it and rounded in turn, and the codes are chosen last.
 
-``asymmetric``: the offset is an integer code, so that 0 is exact. Candidates are the zero points
-next to that of the range with t levels over it; the rest is the symmetric grid's search.
+``affine_zero_point``: the offset is an integer code, so that 0 is exact. Candidates are the zero
+points next to that of the range with t levels over it; the rest is the symmetric grid's search.
 
 A group runs down a lane of vectors (``lfmq.quant.simd``): every sum is taken in order in
 float32, without fused multiply-add.
 """
 
 import numpy as np
-from numba import njit
 
+from lfmq.quant.kernels import inner, kernel
+from lfmq.quant.line.kernels import load_group
 from lfmq.quant.simd import (
+    LANES,
     absolute,
     any_above,
     half,
@@ -26,6 +28,7 @@ from lfmq.quant.simd import (
     nearest,
     ratio,
     splat,
+    store,
     where_above,
     where_within,
 )
@@ -47,7 +50,7 @@ SPANS = {
     ("affine_zero_point", 4): np.arange(14.5, 22, 0.75, dtype=np.float32),
     ("affine_zero_point", 8): np.arange(254.25, 262, 1, dtype=np.float32),
 }
-# Where the levels lie: shares of a step on the affine grid, zero points beside the range's.
+# Where the levels lie: shares of a step of ``affine_bias``, zero points beside the range's.
 MOVES = {
     ("affine_bias", 4): np.array([-0.4, -0.2, 0.0, 0.2, 0.4], np.float32),
     ("affine_bias", 5): np.array([-0.4, -0.2, 0.0, 0.2, 0.4], np.float32),
@@ -58,26 +61,28 @@ MOVES = {
 }
 
 
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def search_offset(x, h, affine, top, spans, moves):  # type: ignore[no-untyped-def] # pragma: no cover
-    """The best float16 scale and offset of each lane of x [group, 16].
+@kernel
+def search_rows(w, h, bias, top, spans, moves, scale, offset):
+    """Fill in scales and offsets of rows [N, n g]; False for a weight float16 lacks."""
+    group, sound = w.shape[1] // scale.shape[1], True
+    x = np.empty((group, LANES), np.float32)
+    for row in range(0, w.shape[0], LANES):
+        for i in range(scale.shape[1]):
+            load_group(w, row, i * group, x)
+            importance = h[i * group : (i + 1) * group]
+            low, high, finite = _find_range(x)
+            if bias:
+                s, o = _search_bias(x, importance, low, high, top, spans, moves)
+            else:
+                s, o = _search_zero(x, importance, low, high, top, spans, moves)
+            sound = finite and sound
+            store(scale[row // LANES], i, s)
+            store(offset[row // LANES], i, o)
+    return sound
 
-    Returns:
-        The scale s, its inverse, b with ``w = s q + b``, the zero point of the asymmetric grid,
-        and False for a weight float16 lacks.
-    """
-    low, high, sound = _find_range(x)
-    zero = splat(_ZERO)
-    if affine:
-        s, b = _search_affine(x, h, low, high, top, spans, moves)
-    else:
-        s, zero = _search_zero(x, h, low, high, top, spans, moves)
-        b = -(s * zero)
-    return s, ratio(splat(_ONE), s), b, zero, sound
 
-
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _find_range(x):  # type: ignore[no-untyped-def] # pragma: no cover
+@inner
+def _find_range(x):
     low, high, outside = load(x, 0), load(x, 0), splat(_ZERO)
     for j in range(x.shape[0]):
         value = load(x, j)
@@ -86,13 +91,13 @@ def _find_range(x):  # type: ignore[no-untyped-def] # pragma: no cover
     return low, high, not any_above(outside, splat(_ZERO))
 
 
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _width(low, high):  # type: ignore[no-untyped-def] # pragma: no cover
+@inner
+def _width(low, high):
     return where_within(splat(_FLAT), high - low, high - low, splat(_ZERO))
 
 
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _search_affine(x, h, low, high, top, spans, moves):  # type: ignore[no-untyped-def] # pragma: no cover
+@inner
+def _search_bias(x, h, low, high, top, spans, moves):
     zero, one = splat(_ZERO), splat(_ONE)
     centre = splat(top * _HALF)
     span, middle = _width(low, high), low + (high - low) * _HALF
@@ -101,7 +106,7 @@ def _search_affine(x, h, low, high, top, spans, moves):  # type: ignore[no-untyp
     for t in range(spans.size):
         inverse = ratio(splat(spans[t]), span)
         for m in range(moves.size):
-            sp, spp, spx = _sum_affine(x, h, middle, inverse, centre - moves[m], top)
+            sp, spp, spx = _sum_bias(x, h, middle, inverse, centre - moves[m], top)
             fitted, offset, along = _solve(sp, spp, spx, share, sx)
             gain = fitted * along
             s = where_above(gain, best, fitted, s)
@@ -110,15 +115,15 @@ def _search_affine(x, h, low, high, top, spans, moves):  # type: ignore[no-untyp
     sp = zero
     for _ in range(2):
         inverse = ratio(one, s)
-        sp, spp, spx = _sum_affine(x, h, middle, inverse, centre - b * inverse, top)
+        sp, spp, spx = _sum_bias(x, h, middle, inverse, centre - b * inverse, top)
         s, b, _along = _solve(sp, spp, spx, share, sx)
     s = half(s)
     real = middle + ((sx - s * sp) * share - s * centre)
     return s, half(least(most(real, splat(-_LARGEST)), splat(_LARGEST)))
 
 
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _weigh(x, h, middle):  # type: ignore[no-untyped-def] # pragma: no cover
+@inner
+def _weigh(x, h, middle):
     """1 / sum h, 0 without any importance, and sum h u of weights u = x - middle."""
     total, sx = _ZERO, splat(_ZERO)
     for j in range(h.size):
@@ -128,8 +133,8 @@ def _weigh(x, h, middle):  # type: ignore[no-untyped-def] # pragma: no cover
     return ratio(splat(_ONE), splat(total)), sx
 
 
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _sum_affine(x, h, middle, inverse, shift, top):  # type: ignore[no-untyped-def] # pragma: no cover
+@inner
+def _sum_bias(x, h, middle, inverse, shift, top):
     """Sums h p, h p p and h p u of the codes, counted as p from the middle of the grid."""
     sp, spp, spx = splat(_ZERO), splat(_ZERO), splat(_ZERO)
     lowest, highest, centre = splat(_ZERO), splat(top), splat(top * _HALF)
@@ -143,8 +148,8 @@ def _sum_affine(x, h, middle, inverse, shift, top):  # type: ignore[no-untyped-d
     return sp, spp, spx
 
 
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _solve(sp, spp, spx, share, sx):  # type: ignore[no-untyped-def] # pragma: no cover
+@inner
+def _solve(sp, spp, spx, share, sx):
     """The regression of u on p: slope, intercept, and what slope times gives its gain."""
     zero = splat(_ZERO)
     mean = sp * share
@@ -153,8 +158,8 @@ def _solve(sp, spp, spx, share, sx):  # type: ignore[no-untyped-def] # pragma: n
     return s, (sx - s * sp) * share, along
 
 
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _search_zero(x, h, low, high, top, spans, moves):  # type: ignore[no-untyped-def] # pragma: no cover
+@inner
+def _search_zero(x, h, low, high, top, spans, moves):
     lowest, highest = splat(_ZERO), splat(top)
     low, high = least(low, lowest), most(high, lowest)
     span = _width(low, high)
@@ -173,8 +178,8 @@ def _search_zero(x, h, low, high, top, spans, moves):  # type: ignore[no-untyped
     return half(ratio(xp, pp)), zero
 
 
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _sum_zero(x, h, inverse, zero, top):  # type: ignore[no-untyped-def] # pragma: no cover
+@inner
+def _sum_zero(x, h, inverse, zero, top):
     """Sums h p x and h p p of the levels p = q - zero."""
     xp, pp = splat(_ZERO), splat(_ZERO)
     low, high = -zero, splat(top) - zero

@@ -1,28 +1,30 @@
 """The search for the scales of a superblock, sixteen rows as vectors (``lfmq.quant.simd``).
 
 K-quants store a float16 scale d (and offset dmin) for 256 weights of a row, and a small code of
-both for each sub-block g: ``w = d step[g] q - dmin shift[g]`` for 4 and 5 bits, and for 6 bits,
-where q has a sign, ``w = d step[g] q`` (``block_q4_K``, ``block_q5_K`` and ``block_q6_K`` of
-ggml). For weights x with importance h, the sum of ``h (x - w)^2`` is lowered in three steps:
+both for each sub-block g: ``w = d sub_scale[g] q - dmin sub_min[g]`` for 4 and 5 bits, and for 6
+bits, where q has a sign, ``w = d sub_scale[g] q`` (``block_q4_K``, ``block_q5_K`` and
+``block_q6_K`` of ggml). For weights x with importance h, the sum of ``h (x - w)^2`` is lowered in
+three steps:
 
 1. Each sub-block's real scale and offset, by least squares over candidates: how many levels its
    range spans and where they lie, or the level of its largest weight. Offsets only lower weights,
-   as ``shift`` has no sign.
-2. d and dmin let the largest scale and offset have the largest code. For each sub-block the step
-   nearest to its scale and both beside it are tried, each with its best shift, by the error of
-   the weights rounded to them.
+   as ``sub_min`` has no sign.
+2. d and dmin let the largest scale and offset have the largest code. For each sub-block the
+   sub_scale nearest to its scale and both beside it are tried, each with its best sub_min, by the
+   error of the weights rounded to them.
 3. d and dmin are fitted to all codes by least squares and rounded, and step 2 is taken again from
    there; what has the smaller error stays.
 
 Least squares for the sub-blocks, then codes of their scales, is also how ggml goes
 (``make_qkx2_quants``, ``make_qx_quants``), which tries other candidates and takes neither the
 neighbours nor step 3. Sums are in order in float32 without fused multiply-add:
-``tests/quant/test_superblock_rtn.py`` holds the plain definition.
+``tests/quant/kquant/test_rtn.py`` holds the plain definition.
 """
 
 import numpy as np
-from numba import njit
 
+from lfmq.quant.kernels import inner
+from lfmq.quant.kquant.spec import KQUANT_BLOCK
 from lfmq.quant.simd import (
     absolute,
     any_above,
@@ -36,7 +38,6 @@ from lfmq.quant.simd import (
     where_above,
     where_within,
 )
-from lfmq.quant.types import KQUANT_BLOCK
 
 ZERO, ONE = np.float32(0), np.float32(1)
 LARGEST = np.float32(65504)  # largest float16
@@ -45,8 +46,8 @@ FAR = np.float32(3e38)
 FLAT = np.float32(2.0**-25)
 # Share of sum h q q below which codes are all the same but for rounding.
 SAME = np.float32(2.0**-16)
-TOP_CODE = np.float32(63)  # of steps and shifts, six bits
-LOWEST, HIGHEST = np.float32(-128), np.float32(127)  # steps of 6-bit weights, signed bytes
+TOP_CODE = np.float32(63)  # of sub_scale and sub_min, six bits
+LOWEST, HIGHEST = np.float32(-128), np.float32(127)  # sub_scale of 6-bit weights, signed bytes
 ROUNDS = 2  # of step 2, with step 3 between them
 
 # By bits: how many levels the range of a sub-block spans, and where they lie beside its middle.
@@ -66,8 +67,8 @@ STEPS = 16  # sub-blocks at most
 WORK = 6 * STEPS + 4  # rows of lanes that a search needs
 
 
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def search(x, h, signed, top, spans, moves, scale, step, shift, work):  # type: ignore[no-untyped-def] # pragma: no cover
+@inner
+def search(x, h, signed, top, spans, moves, scale, sub_scale, sub_min, work):
     """The best scales of a superblock of sixteen rows; False for a weight float16 lacks.
 
     Args:
@@ -78,20 +79,20 @@ def search(x, h, signed, top, spans, moves, scale, step, shift, work):  # type: 
         spans: of ``SPANS``, or ``TARGETS`` when signed.
         moves: of ``MOVES``; unused when signed.
         scale: scratch [2, 16]; becomes d and dmin, float16 values.
-        step: scratch [16, 16]; its first rows become the codes of the sub-blocks' scales.
-        shift: scratch [16, 16]; the same for their offsets.
+        sub_scale: scratch [16, 16]; its first rows become the codes of the sub-blocks' scales.
+        sub_min: scratch [16, 16]; the same for their offsets.
         work: scratch [WORK, 16].
     """
     if signed:
-        return _search_signed(x, h, top, spans, scale, step, work)
-    return _search_shifted(x, h, top, spans, moves, scale, step, shift, work)
+        return _search_signed(x, h, top, spans, scale, sub_scale, work)
+    return _search_shifted(x, h, top, spans, moves, scale, sub_scale, sub_min, work)
 
 
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _search_shifted(x, h, top, spans, moves, scale, step, shift, work):  # type: ignore[no-untyped-def] # pragma: no cover
+@inner
+def _search_shifted(x, h, top, spans, moves, scale, sub_scale, sub_min, work):
     zero = splat(ZERO)
     s, m, sums = work[:STEPS], work[STEPS : 2 * STEPS], work[2 * STEPS : 4 * STEPS]
-    steps, shifts = work[4 * STEPS : 5 * STEPS], work[5 * STEPS : 6 * STEPS]
+    sub_scales, sub_mins = work[4 * STEPS : 5 * STEPS], work[5 * STEPS : 6 * STEPS]
     pair, extent = work[6 * STEPS : 6 * STEPS + 2], work[6 * STEPS + 2 :]
     bad, widest, deepest = zero, zero, zero
     for g in range(8):
@@ -104,19 +105,19 @@ def _search_shifted(x, h, top, spans, moves, scale, step, shift, work):  # type:
     best = splat(FAR)
     for turn in range(ROUNDS):
         if turn:
-            _refit_shifted(x, h, top, steps, shifts, sums, pair, s, m)
-        error = _code_shifted(x, h, top, s, m, sums, pair, steps, shifts)
+            _refit_shifted(x, h, top, sub_scales, sub_mins, sums, pair, s, m)
+        error = _code_shifted(x, h, top, s, m, sums, pair, sub_scales, sub_mins)
         for g in range(8):
-            store(step, g, where_above(best, error, load(steps, g), load(step, g)))
-            store(shift, g, where_above(best, error, load(shifts, g), load(shift, g)))
+            store(sub_scale, g, where_above(best, error, load(sub_scales, g), load(sub_scale, g)))
+            store(sub_min, g, where_above(best, error, load(sub_mins, g), load(sub_min, g)))
         for row in range(2):
             store(scale, row, where_above(best, error, load(pair, row), load(scale, row)))
         best = where_above(best, error, error, best)
     return not any_above(bad, zero)
 
 
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def survey(x, h, g, sums, extent):  # type: ignore[no-untyped-def] # pragma: no cover
+@inner
+def survey(x, h, g, sums, extent):
     """Sum h x and 1 / sum h of sub-block g, middle and width of its range with 0.
 
     Returns a vector above 0 for weights that float16 lacks.
@@ -138,8 +139,8 @@ def survey(x, h, g, sums, extent):  # type: ignore[no-untyped-def] # pragma: no 
     return bad
 
 
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def fit_shifted(x, h, g, top, spans, moves, s, m, sums, extent):  # type: ignore[no-untyped-def] # pragma: no cover
+@inner
+def fit_shifted(x, h, g, top, spans, moves, s, m, sums, extent):
     """Scale and offset of sub-block g by least squares, x = s q - m, as its row of s and m."""
     zero, one, start = splat(ZERO), splat(ONE), 32 * g
     sx, share = load(sums, 2 * g), load(sums, 2 * g + 1)
@@ -177,17 +178,17 @@ def fit_shifted(x, h, g, top, spans, moves, s, m, sums, extent):  # type: ignore
     store(m, g, offset)
 
 
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _code_shifted(x, h, top, s, m, sums, pair, step, shift):  # type: ignore[no-untyped-def] # pragma: no cover
+@inner
+def _code_shifted(x, h, top, s, m, sums, pair, sub_scale, sub_min):
     """The best codes of scales and offsets under d and dmin; the error they leave."""
     whole = splat(ZERO)
     for g in range(8):
-        whole = whole + code_shifted(x, h, g, top, s, m, sums, pair, step, shift)
+        whole = whole + code_shifted(x, h, g, top, s, m, sums, pair, sub_scale, sub_min)
     return whole
 
 
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def code_shifted(x, h, g, top, s, m, sums, pair, step, shift):  # type: ignore[no-untyped-def] # pragma: no cover
+@inner
+def code_shifted(x, h, g, top, s, m, sums, pair, sub_scale, sub_min):
     """The same for sub-block g."""
     zero, one, limit = splat(ZERO), splat(ONE), splat(TOP_CODE)
     d, dmin = load(pair, 0), load(pair, 1)
@@ -213,19 +214,25 @@ def code_shifted(x, h, g, top, s, m, sums, pair, step, shift):  # type: ignore[n
         chosen = where_above(best, error, code, chosen)
         moved = where_above(best, error, below, moved)
         best = where_above(best, error, error, best)
-    store(step, g, chosen)
-    store(shift, g, moved)
+    store(sub_scale, g, chosen)
+    store(sub_min, g, moved)
     return best
 
 
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _refit_shifted(x, h, top, step, shift, sums, pair, s, m):  # type: ignore[no-untyped-def] # pragma: no cover
+@inner
+def _refit_shifted(x, h, top, sub_scale, sub_min, sums, pair, s, m):
     """The least-squares d and dmin of all codes, rounded, and the scales they give."""
     zero, one = splat(ZERO), splat(ONE)
     d, dmin = load(pair, 0), load(pair, 1)
-    aa, ab, bb, xa, xb = zero, zero, zero, zero, zero  # a = step q, b = shift, x = d a - dmin b
+    aa, ab, bb, xa, xb = (
+        zero,
+        zero,
+        zero,
+        zero,
+        zero,
+    )  # a = sub_scale q, b = sub_min, x = d a - dmin b
     for g in range(8):
-        code, below, start = load(step, g), load(shift, g), 32 * g
+        code, below, start = load(sub_scale, g), load(sub_min, g), 32 * g
         inverse = ratio(one, d * code)
         base = (dmin * below) * inverse
         q1, q2, qx, total = zero, zero, zero, zero
@@ -249,14 +256,14 @@ def _refit_shifted(x, h, top, step, shift, sums, pair, s, m):  # type: ignore[no
     store(pair, 0, d)
     store(pair, 1, dmin)
     for g in range(8):
-        store(s, g, d * load(step, g))
-        store(m, g, dmin * load(shift, g))
+        store(s, g, d * load(sub_scale, g))
+        store(m, g, dmin * load(sub_min, g))
 
 
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _search_signed(x, h, top, targets, scale, step, work):  # type: ignore[no-untyped-def] # pragma: no cover
+@inner
+def _search_signed(x, h, top, targets, scale, sub_scale, work):
     zero = splat(ZERO)
-    s, steps, pair = work[:STEPS], work[4 * STEPS : 5 * STEPS], work[6 * STEPS :]
+    s, sub_scales, pair = work[:STEPS], work[4 * STEPS : 5 * STEPS], work[6 * STEPS :]
     bad, widest = zero, zero
     for g in range(16):
         bad = most(bad, fit_signed(x, h, g, top, targets, s))
@@ -267,17 +274,17 @@ def _search_signed(x, h, top, targets, scale, step, work):  # type: ignore[no-un
     store(scale, 1, zero)
     for turn in range(ROUNDS):
         if turn:
-            _refit_signed(x, h, top, steps, pair, s)
-        error = _code_signed(x, h, top, s, pair, steps)
+            _refit_signed(x, h, top, sub_scales, pair, s)
+        error = _code_signed(x, h, top, s, pair, sub_scales)
         for g in range(16):
-            store(step, g, where_above(best, error, load(steps, g), load(step, g)))
+            store(sub_scale, g, where_above(best, error, load(sub_scales, g), load(sub_scale, g)))
         store(scale, 0, where_above(best, error, load(pair, 0), load(scale, 0)))
         best = where_above(best, error, error, best)
     return not any_above(bad, zero)
 
 
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def fit_signed(x, h, g, top, targets, s):  # type: ignore[no-untyped-def] # pragma: no cover
+@inner
+def fit_signed(x, h, g, top, targets, s):
     """The scale of sub-block g by least squares, x = s q; above 0 for unfit weights."""
     zero, one, start = splat(ZERO), splat(ONE), 16 * g
     bad, peak = zero, zero
@@ -307,17 +314,17 @@ def fit_signed(x, h, g, top, targets, s):  # type: ignore[no-untyped-def] # prag
     return bad
 
 
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _code_signed(x, h, top, s, pair, step):  # type: ignore[no-untyped-def] # pragma: no cover
+@inner
+def _code_signed(x, h, top, s, pair, sub_scale):
     """The best codes of scales under d; the error they leave."""
     whole = splat(ZERO)
     for g in range(16):
-        whole = whole + code_signed(x, h, g, top, s, pair, step)
+        whole = whole + code_signed(x, h, g, top, s, pair, sub_scale)
     return whole
 
 
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def code_signed(x, h, g, top, s, pair, step):  # type: ignore[no-untyped-def] # pragma: no cover
+@inner
+def code_signed(x, h, g, top, s, pair, sub_scale):
     """The same for sub-block g."""
     zero, one = splat(ZERO), splat(ONE)
     d = load(pair, 0)
@@ -335,17 +342,17 @@ def code_signed(x, h, g, top, s, pair, step):  # type: ignore[no-untyped-def] # 
             error = error + (splat(h[j]) * miss) * miss
         chosen = where_above(best, error, code, chosen)
         best = where_above(best, error, error, best)
-    store(step, g, chosen)
+    store(sub_scale, g, chosen)
     return best
 
 
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _refit_signed(x, h, top, step, pair, s):  # type: ignore[no-untyped-def] # pragma: no cover
+@inner
+def _refit_signed(x, h, top, sub_scale, pair, s):
     """The least-squares d of all codes, rounded, and the scales it gives."""
     zero, one = splat(ZERO), splat(ONE)
     d, aa, xa = load(pair, 0), zero, zero
     for g in range(16):
-        code, start = load(step, g), 16 * g
+        code, start = load(sub_scale, g), 16 * g
         inverse = ratio(one, d * code)
         q2, qx = zero, zero
         for j in range(start, start + 16):
@@ -359,16 +366,16 @@ def _refit_signed(x, h, top, step, pair, s):  # type: ignore[no-untyped-def] # p
     d = where_above(aa, zero, half(ratio(xa, aa)), d)
     store(pair, 0, d)
     for g in range(16):
-        store(s, g, d * load(step, g))
+        store(s, g, d * load(sub_scale, g))
 
 
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def choose_codes(x, signed, top, scale, step, shift, codes):  # type: ignore[no-untyped-def] # pragma: no cover
+@inner
+def choose_codes(x, signed, top, scale, sub_scale, sub_min, codes):
     """Fill in codes, scratch [256, 16] of whole numbers from 0, under the scales of a search."""
     zero, one, group = splat(ZERO), splat(ONE), 16 if signed else 32
     low = splat(-top - ONE) if signed else zero
     for g in range(KQUANT_BLOCK // group):
-        inverse = ratio(one, load(scale, 0) * load(step, g))
-        base = (load(scale, 1) * load(shift, g)) * inverse if not signed else zero
+        inverse = ratio(one, load(scale, 0) * load(sub_scale, g))
+        base = (load(scale, 1) * load(sub_min, g)) * inverse if not signed else zero
         for j in range(g * group, (g + 1) * group):
             store(codes, j, nearest(load(x, j) * inverse + base, low, splat(top)) - low)

@@ -1,20 +1,17 @@
-"""GPTQ and coordinate descent on K-quants in torch operations, all rows at once: for a GPU.
+"""GPTQ's steps on K-quants in torch operations, all rows at once.
 
-The algorithm of ``lfmq.quant.kquant.gptq``, sub-block by sub-block. Sums are in torch's order,
-and d and dmin of a superblock are those of its largest scales, without the second fit of the
-compiled search: losses are equal to 2 %, codes are not (tests/quant/test_superblock_torch.py).
-N rows, B superblocks of 256 columns, G sub-blocks of g, M rows of sub-blocks.
+The algorithm of ``lfmq.quant.kquant.kernels``, sub-block by sub-block. Sums are in torch's order,
+and d and dmin of a block are those of its largest scales, without the second fit of the compiled
+search: losses are equal to 2 %, codes are not (tests/quant/kquant/test_torch_body.py). N rows,
+sub-blocks of g columns, M rows of sub-blocks.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from lfmq.quant.kquant.search import MOVES, SPANS, TARGETS
-from lfmq.quant.torch_math import LARGEST, divide, half, inverse_of
-from lfmq.quant.types import KQUANT_BLOCK, Quantized, Scheme
+from lfmq.quant.torch_math import divide, half, inverse_of
 
 # As in lfmq.quant.kquant.search.
 _FLAT = 2.0**-25
@@ -24,149 +21,73 @@ _ALIKE = 2.0**-16
 T = torch.Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class _State:
-    """A weight on its way to the grid; its tensors are filled in and moved in place.
+class Width(NamedTuple):
+    """What the grid is with some bits.
 
     Attributes:
-        scheme: of the weight.
-        code: [N, K], of 6 bits less the zero point.
-        step: [N, G].
-        shift: [N, G].
-        d: [N, B].
-        dmin: [N, B].
+        bits: of a code.
+        signed: whether levels have a sign, and there is no dmin.
+        low: lowest level.
+        high: highest.
     """
 
-    scheme: Scheme
-    code: T
-    step: T
-    shift: T
-    d: T
-    dmin: T
+    bits: int
+    signed: bool
+    low: int
+    high: int
 
-    @property
-    def signed(self) -> bool:
-        """Whether the grid has 6 bits, and no dmin."""
-        return not self.scheme.has_offset
+    def nearest(self, value: T) -> T:
+        """The nearest levels."""
+        return value.round().clamp(self.low, self.high)
 
-    @property
-    def zero(self) -> int:
-        """The code of level 0."""
-        return self.scheme.zero_point if self.signed else 0
-
-    @property
-    def levels(self) -> tuple[int, int]:
-        """Lowest and highest."""
-        return -self.zero, self.scheme.highest_code - self.zero
-
-    @property
-    def steps(self) -> tuple[int, int]:
-        """Lowest and highest."""
-        return (-128, 127) if self.signed else (0, 63)
-
-    def columns(self, index: int) -> slice:
-        """Those of a sub-block."""
-        return slice(index * self.scheme.group, (index + 1) * self.scheme.group)
-
-    def values(self) -> T:
-        """The weights [N, K]."""
-        group, each = self.scheme.group, KQUANT_BLOCK // self.scheme.group
-        size = self.d.repeat_interleave(each, 1) * self.step
-        below = self.dmin.repeat_interleave(each, 1) * self.shift
-        return self.code * size.repeat_interleave(group, 1) - below.repeat_interleave(group, 1)
+    def nearest_sub_scale(self, value: T) -> T:
+        """The nearest codes of scales."""
+        return value.round().clamp(*((-128, 127) if self.signed else (0, 63)))
 
 
-def quantize_rows(
-    w: NDArray[np.float32], h: T, factor: T, scheme: Scheme, sweeps: int
-) -> Quantized:
-    """:func:`lfmq.quant.gptq.quantize` where the moments h [K, K] and their factor are.
-
-    Raises:
-        ValueError: ``w`` holds a NaN, an Inf or a value beyond float16.
-    """
-    weight = torch.from_numpy(w).to(h.device)
-    rows, columns = weight.shape
-    blocks, groups = columns // KQUANT_BLOCK, columns // scheme.group
-    shapes = (columns, groups, groups, blocks, blocks)
-    state = _State(scheme, *(weight.new_zeros(rows, n) for n in shapes))
-    _round_columns(weight.clone(), factor, state)
-    _descend(weight, h, state, sweeps)
-    code = (state.code + state.zero).to(torch.uint8).cpu().numpy()
-    d, dmin = (t.half().cpu().numpy() for t in (state.d, state.dmin))
-    step, shift = (t.to(torch.int8).cpu().numpy() for t in (state.step, state.shift))
-    if state.signed:
-        return Quantized(code, d, scheme, None, step)
-    return Quantized(code, d, scheme, dmin, step, shift)
-
-
-def _round_columns(w: T, factor: T, state: _State) -> None:
-    """Fill in the state, using up ``w``."""
-    sound = torch.ones((), dtype=torch.bool, device=w.device)
-    costs = 1 / factor.diagonal().square()
-    for index in range(state.step.shape[1]):
-        part, block = state.columns(index), index * state.scheme.group // KQUANT_BLOCK
-        if part.start % KQUANT_BLOCK == 0:
-            whole = slice(part.start, part.start + KQUANT_BLOCK)
-            _search_block(w[:, whole], costs[whole] / costs[whole].mean(), state, block)
-        x, u = w[:, part], factor[part, part]
-        sound &= (x.abs() <= LARGEST).all()
-        _choose(x, costs[part] / costs[part].mean(), state, index, block)
-        size = state.d[:, block] * state.step[:, index]
-        below = state.dmin[:, block] * state.shift[:, index]
-        inverse, error = inverse_of(size), torch.empty_like(x)
-        for c in range(x.shape[1]):
-            q = ((x[:, c] + below) * inverse).round().clamp(*state.levels)
-            state.code[:, part.start + c] = q
-            error[:, c] = (x[:, c] - (q * size - below)) / u[c, c]
-            x[:, c + 1 :] -= error[:, c, None] * u[c, c + 1 :]
-        w[:, part.stop :] -= error @ factor[part, part.stop :]
-    if not sound:
-        raise ValueError("a weight is NaN, Inf or beyond float16")
-
-
-def _search_block(x: T, h: T, state: _State, block: int) -> None:
-    """Search d and dmin of a superblock [N, 256] with importance h [256]."""
-    group = state.scheme.group
+def search_block(x: T, h: T, group: int, kind: Width, pair: T) -> None:
+    """Fill in d and dmin, ``pair`` [2, N], of a block [N, 256] with importance h [256]."""
     parts, importance = x.reshape(-1, group), h.reshape(-1, group).repeat(len(x), 1)
-    s, m = (found.view(len(x), -1) for found in _fit(parts, importance, state))
-    if state.signed:
+    s, m = (found.view(len(x), -1) for found in _fit(parts, importance, kind))
+    if kind.signed:
         widest = s.gather(1, s.abs().argmax(1, keepdim=True))[:, 0]
-        state.d[:, block] = half(widest / -128)
+        pair[0], pair[1] = half(widest / -128), 0
     else:
-        state.d[:, block] = half(s.amax(1) / 63)
-        state.dmin[:, block] = half(m.amax(1) / 63)
+        pair[0], pair[1] = half(s.amax(1) / 63), half(m.amax(1) / 63)
 
 
-def _choose(x: T, h: T, state: _State, index: int, block: int) -> None:
-    """Step and shift of a sub-block [N, g] with importance h [g]."""
-    d, dmin = state.d[:, block], state.dmin[:, block]
-    s, m = _fit(x, h[None], state)
+def choose(x: T, h: T, kind: Width, pair: T) -> tuple[T, T]:
+    """sub_scale and sub_min [N] of a sub-block [N, g] with importance h [g]."""
+    d, dmin = pair
+    s, m = _fit(x, h[None], kind)
     first = (s * inverse_of(d)).round()
-    best = torch.full_like(d, torch.inf)
+    best, sub_scale = torch.full_like(d, torch.inf), torch.zeros_like(d)
+    sub_min = torch.zeros_like(d)
     for beside in (-1, 0, 1):
-        step = (first + beside).clamp(*state.steps)
-        size = d * step
-        inverse, shift = inverse_of(size), torch.zeros_like(step)
-        if not state.signed:
-            q = ((x + m[:, None]) * inverse[:, None]).round().clamp(*state.levels)
+        code = kind.nearest_sub_scale(first + beside)
+        size = d * code
+        inverse, lowered = inverse_of(size), torch.zeros_like(code)
+        if not kind.signed:
+            q = kind.nearest((x + m[:, None]) * inverse[:, None])
             wanted = (h * (size[:, None] * q - x)).sum(1) / h.sum()
-            shift = divide(wanted, dmin).round().clamp(0, 63)
-        below = (dmin * shift)[:, None]
-        q = ((x + below) * inverse[:, None]).round().clamp(*state.levels)
+            lowered = divide(wanted, dmin).round().clamp(0, 63)
+        below = (dmin * lowered)[:, None]
+        q = kind.nearest((x + below) * inverse[:, None])
         error = (h * (x - q * size[:, None] + below).square()).sum(1)
         better = error < best
         best = torch.where(better, error, best)
-        state.step[:, index] = torch.where(better, step, state.step[:, index])
-        state.shift[:, index] = torch.where(better, shift, state.shift[:, index])
+        sub_scale = torch.where(better, code, sub_scale)
+        sub_min = torch.where(better, lowered, sub_min)
+    return sub_scale, sub_min
 
 
-def _fit(x: T, h: T, state: _State) -> tuple[T, T]:
+def _fit(x: T, h: T, kind: Width) -> tuple[T, T]:
     """Real scale and offset [M] of sub-blocks [M, g], x = s q - m; h [M, g] or [1, g]."""
-    return _fit_signed(x, h, state) if state.signed else _fit_shifted(x, h, state)
+    return _fit_signed(x, h, kind) if kind.signed else _fit_shifted(x, h, kind)
 
 
-def _fit_shifted(x: T, h: T, state: _State) -> tuple[T, T]:
-    top, bits = state.levels[1], state.scheme.bits
+def _fit_shifted(x: T, h: T, kind: Width) -> tuple[T, T]:
+    top, bits = kind.high, kind.bits
     low, high = x.amin(1).clamp(max=0), x.amax(1).clamp(min=0)
     width = torch.where(high - low >= _FLAT, high - low, 0)
     middle = low + width * 0.5
@@ -195,12 +116,12 @@ def _fit_shifted(x: T, h: T, state: _State) -> tuple[T, T]:
     return s, m
 
 
-def _fit_signed(x: T, h: T, state: _State) -> tuple[T, T]:
+def _fit_signed(x: T, h: T, kind: Width) -> tuple[T, T]:
     peak = x.gather(1, x.abs().argmax(1, keepdim=True))[:, 0]
     best, s = torch.full_like(peak, -torch.inf), torch.zeros_like(peak)
     for target in (*TARGETS.tolist(), None):
         inverse = inverse_of(s) if target is None else divide(torch.full_like(s, -target), peak)
-        q = (x * inverse[:, None]).round().clamp(*state.levels)
+        q = (x * inverse[:, None]).round().clamp(kind.low, kind.high)
         qx, q2 = (h * q * x).sum(1), (h * q * q).sum(1)
         fitted = divide(qx, q2)
         better = fitted * qx > best
@@ -208,54 +129,33 @@ def _fit_signed(x: T, h: T, state: _State) -> tuple[T, T]:
     return s, torch.zeros_like(s)
 
 
-def _descend(w: T, h: T, state: _State, sweeps: int) -> None:
-    """Coordinate descent on scales and codes under moments h [K, K], in place."""
-    group = state.scheme.group
-    each = KQUANT_BLOCK // group
-    gradient = (state.values() - w) @ h  # [N, K], half of it
-    for index in list(range(state.step.shape[1])) * sweeps:
-        part, block = state.columns(index), index // each
-        d, dmin = state.d[:, block], state.dmin[:, block]
-        if index % each == 0:
-            whole, mine = slice(part.start, part.start + KQUANT_BLOCK), slice(index, index + each)
-            step, shift = (
-                codes[:, mine].repeat_interleave(group, 1) for codes in (state.step, state.shift)
-            )
-            along, near = state.code[:, whole] * step, h[whole, whole]
-            g = gradient[:, whole]
-            moved = refit_scales(d, dmin, along, shift, g, near, signed=state.signed)
-            gradient += moved @ h[whole]
-        g = gradient[:, part].clone()
-        gradient += _descend_group(g, state, index, block, h[part, part]) @ h[part]
-
-
 def refit_scales(
     d: T,
     dmin: T,
     along: T,
-    shift: T,
+    sub_min: T,
     gradient: T,
     h: T,
     *,
     signed: bool,
 ) -> T:
-    """Move d and dmin [N] of a superblock to float16 values of less loss, in place.
+    """Move d and dmin [N] of a block to float16 values of less loss, in place.
 
     Args:
         d: what multiplies ``along``.
-        dmin: what multiplies ``shift`` and lowers weights.
-        along: step times code of each column, [N, 256].
-        shift: of each column, [N, 256].
+        dmin: what multiplies ``sub_min`` and lowers weights.
+        along: sub_scale times code of each column, [N, 256].
+        sub_min: of each column, [N, 256].
         gradient: half the loss's, [N, 256].
-        h: moments within the superblock, [256, 256].
+        h: moments within the block, [256, 256].
         signed: whether the grid has 6 bits and no dmin.
 
     Returns:
         What was added to the weights, [N, 256].
     """
-    ha, hb = along @ h, shift @ h
-    aa, ab, bb = (along * ha).sum(1), -(shift * ha).sum(1), (shift * hb).sum(1)
-    down_a, down_b = -(along * gradient).sum(1), (shift * gradient).sum(1)
+    ha, hb = along @ h, sub_min @ h
+    aa, ab, bb = (along * ha).sum(1), -(sub_min * ha).sum(1), (sub_min * hb).sum(1)
+    down_a, down_b = -(along * gradient).sum(1), (sub_min * gradient).sum(1)
     rest = aa * bb - ab * ab
     joint = (rest > _ALIKE * aa * bb) & (bb > 0)
     step = torch.where(joint, (bb * down_a - ab * down_b) / rest, divide(down_a, aa))
@@ -268,51 +168,40 @@ def refit_scales(
     by, up = torch.where(better, by, 0), torch.where(better, up, 0)
     d += by
     dmin += up
-    return along * by[:, None] - shift * up[:, None]
+    return along * by[:, None] - sub_min * up[:, None]
 
 
-def _descend_group(g: T, state: _State, index: int, block: int, h: T) -> T:
-    """Refit step, shift and each code of a sub-block; its weights' change, [N, g]."""
-    q, d = state.code[:, state.columns(index)], state.d[:, block]
-    change = _refit_codes(g, q, state, index, block, h)
-    g += change @ h
-    size = d * state.step[:, index]
-    inverse = inverse_of(size)
-    for j in range(q.shape[1]):
-        new = (q[:, j] - g[:, j] / h[j, j] * inverse).round().clamp(*state.levels)
-        moved = (new - q[:, j]) * size
-        q[:, j] = new
-        change[:, j] += moved
-        g += moved[:, None] * h[j]
-    return change
+def refit_codes(q: T, g: T, h: T, kind: Width, pair: T, now: tuple[T, T]) -> tuple[T, T]:
+    """sub_scale and sub_min [N] moved to whole numbers of less loss.
 
-
-def _refit_codes(g: T, q: T, state: _State, index: int, block: int, h: T) -> T:
-    """Move step and shift to whole numbers of less loss; the weights' change, [N, g]."""
-    d, dmin = state.d[:, block], state.dmin[:, block]
-    step, shift = state.step[:, index], state.shift[:, index]
+    Args:
+        q: levels [N, g] of a sub-block.
+        g: gradient [N, g], half the loss's.
+        h: moments within the sub-block, [g, g].
+        kind: of the grid.
+        pair: d and dmin, [2, N].
+        now: what they are.
+    """
+    (d, dmin), (sub_scale, sub_min) = pair, now
     hq = q @ h
     aa, ab, bb = (q * hq).sum(1), hq.sum(1), h.sum()
     down_a, down_b = -(q * g).sum(1), -g.sum(1)
     move, rest = divide(down_a, aa), aa * bb - ab * ab
-    if not state.signed:
+    if not kind.signed:
         joint = (bb * down_a - ab * down_b) / rest
         move = torch.where(rest > _ALIKE * aa * bb, joint, move)
-    below = (step + move * inverse_of(d) - 0.5).round()
-    best, new_step, new_shift = torch.zeros_like(d), step.clone(), shift.clone()
-    for trial in (step, below, below + 1):
-        candidate, other = trial.clamp(*state.steps), shift
-        by = d * (candidate - step)
-        if not state.signed:
-            wanted = shift - (down_b - ab * by) / bb * inverse_of(dmin)
+    below = (sub_scale + move * inverse_of(d) - 0.5).round()
+    best, new_scale, new_min = torch.zeros_like(d), sub_scale, sub_min
+    for trial in (sub_scale, below, below + 1):
+        candidate, other = kind.nearest_sub_scale(trial), sub_min
+        by = d * (candidate - sub_scale)
+        if not kind.signed:
+            wanted = sub_min - (down_b - ab * by) / bb * inverse_of(dmin)
             other = wanted.round().clamp(0, 63)
-        up = dmin * (shift - other)
+        up = dmin * (sub_min - other)
         loss = by * (by * aa - 2 * down_a) + up * (up * bb + 2 * (by * ab - down_b))
         better = loss < best
         best = torch.where(better, loss, best)
-        new_step = torch.where(better, candidate, new_step)
-        new_shift = torch.where(better, other, new_shift)
-    change = q * (d * (new_step - step))[:, None] - (dmin * (new_shift - shift))[:, None]
-    step.copy_(new_step)
-    shift.copy_(new_shift)
-    return change
+        new_scale = torch.where(better, candidate, new_scale)
+        new_min = torch.where(better, other, new_min)
+    return new_scale, new_min

@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
 from lfmq.quant.rtn import quantize
-from lfmq.quant.symmetric.search import TARGETS
+from lfmq.quant.symmetric.bodies import TARGETS
 from lfmq.quant.types import Scheme, dequantize
 
 F32 = NDArray[np.float32]

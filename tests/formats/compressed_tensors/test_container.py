@@ -530,7 +530,7 @@ def test_another_quantization_of_the_checkpoint_is_left_out(
         (f"{LAYERS}0.conv.in_proj.weight", Scheme(3), "4 or 8 bits"),
         (f"{LAYERS}0.conv.in_proj.weight", Scheme(4, 16), "groups of 16"),
         (f"{LAYERS}2.feed_forward.experts.0.w2.weight", Scheme(4, 128), "rows of 64"),
-        (f"{LAYERS}0.conv.in_proj.weight", Scheme(4, 32, "affine_bias"), "symmetric grid"),
+        (f"{LAYERS}0.conv.in_proj.weight", Scheme(4, 32, "affine_bias"), "the grid symmetric"),
     ],
 )
 def test_what_engines_have_no_kernel_for_is_refused(

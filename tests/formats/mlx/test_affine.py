@@ -23,10 +23,10 @@ from lfmq.formats.plan import (
     Plan,
     Role,
 )
+from lfmq.formats.registry import check_plan
 from lfmq.formats.writing.writer import BuildWriter
 from lfmq.quant.errors import UnsupportedError
 from lfmq.quant.types import (
-    Grid,
     Quantized,
     Scheme,
     Weight,
@@ -157,24 +157,44 @@ def test_mlx_dequantizes_any_finite_grid_exactly(bits: int, group: int, seed: in
 @pytest.mark.parametrize(
     ("container", "bits", "grid", "message"),
     [
-        (gguf, 4, "affine_bias", r"no offset.*'affine_bias'.*symmetric.*or use mlx"),
-        (gguf, 5, "affine_bias", r"no offset.*'affine_bias'.*symmetric.*or use mlx"),
-        (gguf, 4, "affine_zero_point", r"no offset.*'affine_zero_point'.*symmetric.*or use onnx"),
-        (gguf, 6, "symmetric", "gguf has no symmetric 6-bit block"),
-        (onnx, 5, "affine_bias", r"'affine_bias'.*asymmetric.*or use mlx"),
-        (onnx, 5, "affine_zero_point", r"4 or 8 bits.* asks for 5"),
-        (compressed_tensors, 4, "affine_bias", "symmetric grid.*'affine_bias'"),
-        (compressed_tensors, 6, "affine_bias", "symmetric grid.*'affine_bias'"),
-        (compressed_tensors, 4, "affine_zero_point", "symmetric grid.*'affine_zero_point'"),
-        (mlx, 4, "affine_zero_point", r"'affine_zero_point'.*affine.*or use onnx"),
-        (mlx, 5, "symmetric", "4 or 8 bits on the symmetric grid.* asks for 5"),
-        (mlx, 3, "affine_bias", "4, 5, 6 or 8 bits on the affine_bias grid.* asks for 3"),
+        (gguf, 4, "affine_bias", r"symmetric and kquant, .*'affine_bias'; mlx can hold it$"),
+        (gguf, 5, "affine_bias", r"symmetric and kquant, .*'affine_bias'; mlx can hold it$"),
+        (gguf, 4, "affine_zero_point", r"'affine_zero_point'; onnx can hold it$"),
+        (
+            gguf,
+            6,
+            "symmetric",
+            r"4 or 8 bits on .*symmetric, .* 6; no other format",
+        ),
+        (onnx, 5, "affine_bias", r"affine_zero_point, .*'affine_bias'; mlx can hold it$"),
+        (onnx, 5, "affine_zero_point", r"4 or 8 bits.* asks for 5; no other format can"),
+        (
+            compressed_tensors,
+            4,
+            "affine_bias",
+            r"symmetric, .*'affine_bias'; mlx can hold it$",
+        ),
+        (
+            compressed_tensors,
+            6,
+            "affine_bias",
+            r"symmetric, .*'affine_bias'; mlx can hold it$",
+        ),
+        (
+            compressed_tensors,
+            4,
+            "affine_zero_point",
+            r"symmetric, .*; onnx can hold it$",
+        ),
+        (mlx, 4, "affine_zero_point", r"affine_bias, .*'affine_zero_point'; onnx can hold it$"),
+        (mlx, 5, "symmetric", "4 or 8 bits on the grid symmetric.* asks for 5"),
+        (mlx, 3, "affine_bias", "4, 5, 6 or 8 bits on the grid affine_bias.* asks for 3"),
     ],
 )
 def test_other_containers_refuse_the_grid(
     container: Any,
     bits: int,
-    grid: Grid,
+    grid: str,
     message: str,
     tiny_config: ModelConfig,
     tiny_assets: Assets,
@@ -186,5 +206,5 @@ def test_other_containers_refuse_the_grid(
     config = replace(tiny_config, **vocabulary)
     plan = make_plan(config, overrides={name: Scheme(bits, 32, grid)})
     with pytest.raises(UnsupportedError, match=f"{name}: .*{message}") as caught:
-        container.check(plan, assets)
+        check_plan(container, plan, assets)
     assert "\n" not in str(caught.value)

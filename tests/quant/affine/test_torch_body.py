@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 
 from lfmq.quant import gptq
-from lfmq.quant.affine.torch_body import quantize_rows
-from lfmq.quant.types import Grid, Scheme, dequantize
+from lfmq.quant.types import Scheme, dequantize
 
-GRIDS: tuple[Grid, ...] = ("affine_bias", "affine_zero_point")
+GRIDS: tuple[str, ...] = ("affine_bias", "affine_zero_point")
 SCHEMES = [Scheme(b, g, grid) for grid in GRIDS for b, g in ((4, 32), (4, 64), (8, 64))]
 SCHEMES += [Scheme(5, 32, "affine_bias"), Scheme(6, 64, "affine_bias")]
 
@@ -24,7 +23,7 @@ def test_nearly_the_codes_of_the_compiled_kernels(problem, scheme, sweeps, loss_
     w, h = problem
     moments = gptq.factorize(h)
     ours = gptq.quantize(w, moments, scheme, sweeps=sweeps)
-    other = quantize_rows(w, moments.damped, moments.factor, scheme, sweeps)
+    other = gptq.quantize(w, moments, scheme, sweeps=sweeps, body="torch")
     assert other.offset is not None
     assert ours.offset is not None
     assert other.offset.dtype == ours.offset.dtype
@@ -40,13 +39,13 @@ def test_nearly_the_codes_of_the_compiled_kernels(problem, scheme, sweeps, loss_
 def test_zeros_and_values_no_grid_can_hold(problem, grid):
     w, h = problem
     moments, scheme = gptq.factorize(h), Scheme(4, 32, grid)
-    zeros = quantize_rows(np.zeros_like(w), moments.damped, moments.factor, scheme, 3)
+    zeros = gptq.quantize(np.zeros_like(w), moments, scheme, sweeps=3, body="torch")
     assert not dequantize(zeros).any()
     for value in (np.nan, np.inf, 1e6):
         bad = w.copy()
         bad[5, 100] = value
         with pytest.raises(ValueError, match="beyond float16"):
-            quantize_rows(bad, moments.damped, moments.factor, scheme, 3)
+            gptq.quantize(bad, moments, scheme, sweeps=3, body="torch")
 
 
 @pytest.mark.gpu

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from lfmq.quant import gptq, rtn
-from lfmq.quant.types import KQUANT_BLOCK, Scheme, dequantize
+from lfmq.quant.kquant.spec import KQUANT_BLOCK
+from lfmq.quant.types import Scheme, dequantize
 
 SCHEMES = [Scheme(b, g, "kquant") for b, g in ((4, 32), (5, 32), (6, 16))]
 

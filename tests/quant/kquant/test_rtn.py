@@ -339,7 +339,7 @@ def test_many_more_candidates_win_little(
     monkeypatch.setitem(SPANS, scheme.bits, dense)
     monkeypatch.setitem(MOVES, scheme.bits, np.arange(-0.45, 0.5, 0.1, dtype=np.float32))
     targets = np.arange(26, 35, 0.125, dtype=np.float32)
-    monkeypatch.setattr("lfmq.quant.kquant.rtn.TARGETS", targets)
+    monkeypatch.setattr("lfmq.quant.kquant.bodies.TARGETS", targets)
     assert 0.985 * found < error() < found
 
 

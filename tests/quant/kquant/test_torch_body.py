@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from lfmq.quant import gptq
-from lfmq.quant.kquant.torch_body import quantize_rows
 from lfmq.quant.types import Scheme, dequantize
 
 SCHEMES = [Scheme(b, g, "kquant") for b, g in ((4, 32), (5, 32), (6, 16))]
@@ -22,7 +21,7 @@ def test_the_loss_of_the_compiled_kernels(problem, scheme, sweeps, loss_of):
     w, h = problem
     moments = gptq.factorize(h)
     ours = gptq.quantize(w, moments, scheme, sweeps=sweeps)
-    other = quantize_rows(w, moments.damped, moments.factor, scheme, sweeps)
+    other = gptq.quantize(w, moments, scheme, sweeps=sweeps, body="torch")
     assert [a.dtype for a in other.arrays()] == [a.dtype for a in ours.arrays()]
     assert [a.shape for a in other.arrays()] == [a.shape for a in ours.arrays()]
     assert loss_of(other, w, moments.damped) == pytest.approx(
@@ -34,13 +33,13 @@ def test_the_loss_of_the_compiled_kernels(problem, scheme, sweeps, loss_of):
 def test_zeros_and_values_no_grid_can_hold(problem, scheme):
     w, h = problem
     moments = gptq.factorize(h)
-    zeros = quantize_rows(np.zeros_like(w), moments.damped, moments.factor, scheme, 3)
+    zeros = gptq.quantize(np.zeros_like(w), moments, scheme, sweeps=3, body="torch")
     assert not dequantize(zeros).any()
     for value in (np.nan, np.inf, 1e6):
         bad = w.copy()
         bad[5, 100] = value
         with pytest.raises(ValueError, match="beyond float16"):
-            quantize_rows(bad, moments.damped, moments.factor, scheme, 3)
+            gptq.quantize(bad, moments, scheme, sweeps=3, body="torch")
 
 
 @pytest.mark.gpu

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from lfmq.quant import gptq
-from lfmq.quant.symmetric.torch_body import quantize_rows
 from lfmq.quant.types import Quantized, Scheme, dequantize
 
 
@@ -29,7 +28,7 @@ def test_the_same_codes_at_four_bits(group, sweeps):
     w, h = problem()
     moments, scheme = gptq.factorize(h), Scheme(4, group)
     ours = gptq.quantize(w, moments, scheme, sweeps=sweeps)
-    other = quantize_rows(w, moments.damped, moments.factor, scheme, sweeps)
+    other = gptq.quantize(w, moments, scheme, sweeps=sweeps, body="torch")
     assert np.mean(ours.codes == other.codes) > 0.99
     assert np.mean(ours.scale == other.scale) > 0.97
     assert loss(w, other, h) == pytest.approx(loss(w, ours, h), rel=0.01)
@@ -40,7 +39,7 @@ def test_as_good_at_eight_bits():
     w, h = problem()
     moments, scheme = gptq.factorize(h), Scheme(8)
     ours = gptq.quantize(w, moments, scheme)
-    other = quantize_rows(w, moments.damped, moments.factor, scheme, gptq.SWEEPS)
+    other = gptq.quantize(w, moments, scheme, sweeps=gptq.SWEEPS, body="torch")
     assert other.codes.min() >= 1
     np.testing.assert_allclose(other.scale, ours.scale, rtol=2**-6)
     assert loss(w, other, h) == pytest.approx(loss(w, ours, h), rel=0.02)
@@ -49,12 +48,12 @@ def test_as_good_at_eight_bits():
 def test_zeros_and_what_float16_lacks():
     w, h = problem(rows=4)
     moments = gptq.factorize(h)
-    zeros = quantize_rows(np.zeros_like(w), moments.damped, moments.factor, Scheme(4), 3)
+    zeros = gptq.quantize(np.zeros_like(w), moments, Scheme(4), sweeps=3, body="torch")
     assert not dequantize(zeros).any()
     for value in (np.nan, np.inf, 1e6):
         w[2, 70] = value
         with pytest.raises(ValueError, match="NaN, Inf or beyond float16"):
-            quantize_rows(w, moments.damped, moments.factor, Scheme(4), 3)
+            gptq.quantize(w, moments, Scheme(4), sweeps=3, body="torch")
 
 
 @pytest.mark.gpu

@@ -1,0 +1,1 @@
+"""Grids with one scale, and perhaps an offset, for each group: ``w = scale * level + base``."""
