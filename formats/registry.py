@@ -6,43 +6,45 @@ many commands take to run.
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lfmq.formats.build import Format
-from lfmq.formats.huggingface.config import read_config
 from lfmq.quant.errors import CheckpointError, ValidationError
 
+if TYPE_CHECKING:
+    from lfmq.formats.build import Format
 
-def _gguf() -> Format:
+
+def _gguf() -> "Format":
     from lfmq.formats.gguf import container
 
     return container
 
 
-def _mlx() -> Format:
+def _mlx() -> "Format":
     from lfmq.formats.mlx import container
 
     return container
 
 
-def _onnx() -> Format:
+def _onnx() -> "Format":
     from lfmq.formats.onnx import container
 
     return container
 
 
-def _compressed_tensors() -> Format:
+def _compressed_tensors() -> "Format":
     from lfmq.formats.compressed_tensors import container
 
     return container
 
 
-class _Containers(Mapping[str, Format]):
+class _Containers(Mapping[str, "Format"]):
     """Containers by name, in the order they are reported; each imported when it is looked up."""
 
-    def __init__(self, loaders: Mapping[str, Callable[[], Format]]) -> None:
+    def __init__(self, loaders: Mapping[str, Callable[[], "Format"]]) -> None:
         self._loaders = loaders
 
-    def __getitem__(self, name: str) -> Format:
+    def __getitem__(self, name: str) -> "Format":
         return self._loaders[name]()
 
     def __iter__(self) -> Iterator[str]:
@@ -55,7 +57,7 @@ class _Containers(Mapping[str, Format]):
         return name in self._loaders
 
 
-FORMATS: Mapping[str, Format] = _Containers(
+FORMATS: Mapping[str, "Format"] = _Containers(
     {
         "gguf": _gguf,
         "mlx": _mlx,
@@ -86,6 +88,8 @@ def detect_format(path: Path) -> str:
 
 def _is_compressed_tensors(folder: Path) -> bool:
     """Whether a folder of safetensors says so in its config."""
+    from lfmq.formats.huggingface.config import read_config
+
     try:
         block = read_config(folder).get("quantization_config")
     except CheckpointError:
