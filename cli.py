@@ -13,17 +13,19 @@ from lfmq.commands.inspect import inspect
 from lfmq.commands.plan import plan
 from lfmq.commands.validate import validate
 from lfmq.commands.verify import verify
-from lfmq.quant.errors import LfmqError
+from lfmq.quant.errors import LfmqError, UsageError
 from lfmq.quant.kernels import on_first_compile
 
 
 class Commands(click.Group):
-    """The one place where library errors become a line on stderr and exit status 1."""
+    """The one place where library errors become a line on stderr and an exit status."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; see the class."""
         try:
             return super().invoke(ctx)
+        except UsageError as error:
+            raise click.UsageError(_one_line(str(error))) from error
         except LfmqError as error:
             raise click.ClickException(_one_line(str(error))) from error
         except MemoryError as error:
@@ -45,10 +47,13 @@ def _one_line(text: str) -> str:
 )
 @click.version_option(package_name="lfmq")
 def main() -> None:
-    """Turn an LFM2 mixture-of-experts checkpoint into GGUF, MLX and ONNX builds, and prove them.
+    """Quantize LFM2 checkpoints into GGUF, MLX, ONNX and compressed-tensors builds.
 
-    CHECKPOINT is a folder with config.json and safetensors, the word 'sample', or a Hub id
-    org/name[@revision].
+    One quantization is written to all four formats, and each build can be measured against the
+    checkpoint.
+
+    CHECKPOINT is a folder with config.json and safetensors, the word 'sample' (a small mixture of
+    experts) or 'sample-dense' (a small dense model), or a Hub id org/name[@revision].
     """
     on_first_compile(lambda: click.echo("compiling kernels, cached for next time", err=True))
 

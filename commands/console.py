@@ -1,13 +1,29 @@
 """What every command prints with, and says in its help."""
 
 import json
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.table import Table
+
+Row = tuple[str, ...]
 
 checkpoint_argument = click.argument("checkpoint")
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A result to print."""
+
+    title: str
+    columns: Row
+    rows: tuple[Row, ...]
+
+
+def make_table(title: str, columns: Row, rows: Iterable[Row]) -> Table:
+    """A table of any rows."""
+    return Table(title, columns, tuple(rows))
 
 
 def example(command: str) -> str:
@@ -15,12 +31,31 @@ def example(command: str) -> str:
     return f"\b\nExample:\n    {command}"
 
 
-def print_tables(*tables: Table) -> None:
-    """To the terminal's width; elsewhere as wide as they are, so that no path is cut."""
-    console = Console()
-    if not console.is_terminal:
+def print_tables(*tables: Table, width: int | None = None) -> None:
+    """Print tables as wide as the terminal; elsewhere as wide as they are, so that no path is cut.
+
+    Args:
+        tables: in this order.
+        width: columns, in place of the terminal's.
+    """
+    from rich.console import Console  # not for --help and --json
+
+    console = Console(width=width)
+    if width is None and not console.is_terminal:
         console = Console(width=1000)
-    console.print(*tables)
+    console.print(*map(_drawn, tables))
+
+
+def _drawn(table: Table) -> Any:
+    from rich.table import Table as Drawn
+
+    drawn = Drawn(title=table.title, title_justify="left")
+    for i, column in enumerate(table.columns):
+        text = i == 0 or column in ("path", "engine", "verdict")
+        drawn.add_column(column, justify="left" if text else "right", overflow="fold")
+    for row in table.rows:
+        drawn.add_row(*row)
+    return drawn
 
 
 def print_json(document: Any) -> None:

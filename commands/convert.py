@@ -1,33 +1,28 @@
 """Builds from a checkpoint."""
 
-import time
 from pathlib import Path
+from typing import Any
 
 import click
 
+import lfmq
+from lfmq.commands.build_tables import builds_table, coverage_table
 from lfmq.commands.console import checkpoint_argument, example, print_json, print_tables
 from lfmq.commands.options import (
     Common,
-    Text,
-    Wanted,
     balance_option,
-    calibration_text,
     cluster_option,
     common_options,
     plan_options,
     text_options,
 )
 from lfmq.commands.progress import show_progress
-from lfmq.commands.tables import builds_table, coverage_table
-from lfmq.converter.jobs.memory import parse_bytes, peak_resident
-from lfmq.converter.mixed_precision.budget import settle_widths
-from lfmq.converter.quantize.settings import Calibration
-from lfmq.converter.run.convert import convert as convert_checkpoint
-from lfmq.converter.run.planned import plan_layouts
-from lfmq.validation.engines.installed import plan_warnings
 
 
-@click.command(epilog=example("lfmq convert sample --output builds --to gguf --to onnx"))
+@click.command(
+    short_help="Quantize once, write a build for each format.",
+    epilog=example("lfmq convert sample --output builds --to gguf --to onnx"),
+)
 @checkpoint_argument
 @click.option(
     "--output",
@@ -44,7 +39,8 @@ from lfmq.validation.engines.installed import plan_warnings
     default="2GB",
     show_default=True,
     metavar="SIZE",
-    help="Most memory to hold without text; with text, hidden states and moments come on top.",
+    help="Maximum memory of a conversion that reads no text. With text, the hidden states and "
+    "second moments are added to it.",
 )
 @cluster_option
 @click.option("--force", is_flag=True, help="Replace builds that exist.")
@@ -52,68 +48,27 @@ from lfmq.validation.engines.installed import plan_warnings
 def convert(
     checkpoint: str,
     output: Path,
-    wanted: Wanted,
-    text: Text,
-    balance: int | None,
-    uncalibrated: bool,
     memory: str,
     cluster: str | None,
-    force: bool,
     common: Common,
+    **options: Any,
 ) -> None:
-    """Quantize a checkpoint once and write a build for each format.
+    """Quantize a checkpoint once and write a build for each container.
 
-    Every weight is quantized for the inputs it sees in the calibration text, each expert for
-    those of its own tokens. Without --text the sample's calibration text is used; with
-    --statistics alone no text is read, and scales are chosen by the importance they give.
+    Every weight is quantized for the inputs it sees in the calibration text, and each expert for
+    the inputs of the tokens routed to it. Without --text the sample's calibration text is used.
+    With --statistics and without --text no text is read: scales are chosen by the importance of
+    each column. An interrupted run resumes and produces identical bytes.
     """
-    if uncalibrated and (text.texts or wanted.statistics):
-        raise click.UsageError("--uncalibrated excludes --text and --statistics")
-    started, budget = time.monotonic(), parse_bytes(memory)
-    opened, base = common.open(checkpoint), wanted.base
-    known = wanted.known(opened)
-    windows, balanced = None, None
-    if text.texts or not (uncalibrated or known):
-        windows, balanced = calibration_text(opened, text, balance, common)
-    widths = settle_widths(
-        opened,
-        base,
-        wanted.chosen,
-        known,
-        windows=windows,
-        execution=common.execution(cluster=cluster),
-    )
-    plan_layouts(opened, widths.plan, wanted.chosen)
-    for line in plan_warnings(widths.plan, wanted.chosen, opened.assets):
-        common.notice(f"warning: {line}")
-    calibration = Calibration(windows) if windows else None
+    from lfmq.converter.jobs.memory import parse_bytes
+
+    budget, source = parse_bytes(memory), common.open(checkpoint)
     with show_progress(quiet=common.quiet) as progress:
-        made = convert_checkpoint(
-            opened,
-            widths.recipe,
-            widths.plan,
-            wanted.chosen,
-            output,
-            calibration=calibration,
-            statistics=known,
-            force=force,
-            execution=common.execution(progress, budget, cluster),
-        )
+        execution = common.execution(progress, memory=budget, cluster=cluster)
+        report = lfmq.convert(source, output, execution=execution, **options)
     if common.as_json:
-        print_json(
-            {
-                "builds": [build.to_json() for build in made.builds],
-                "seconds": time.monotonic() - started,
-                "memory_bytes": budget,
-                "peak_rss_bytes": peak_resident(),
-                "tokens": windows.tokens if windows else 0,
-                **widths.to_json(),
-                **({"text_sha256": windows.text_sha256} if windows else {}),
-                **(made.calibrated.to_json() if made.calibrated else {}),
-                **({"balance": balanced.to_json()} if balanced else {}),
-            }
-        )
+        print_json(report.to_json())
         return
-    if made.calibrated is not None:
-        print_tables(coverage_table(made.calibrated.experts, made.calibrated.routers))
-    print_tables(builds_table(made.builds))
+    if report.calibrated is not None and report.calibrated.experts:
+        print_tables(coverage_table(report.calibrated.experts, report.calibrated.routers))
+    print_tables(builds_table(report.builds))

@@ -1,47 +1,36 @@
-"""Options that several commands share, handed to each as one value."""
+"""Options that several commands share, spelled like the arguments of the library they set."""
 
-import os
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from functools import reduce, wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from lfmq.commands.progress import show_progress
-from lfmq.converter.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from lfmq.converter.checkpoint.locate import locate_checkpoint, sample_file
-from lfmq.converter.jobs.execution import DEFAULT_MEMORY, Device, Execution, Progress
-from lfmq.converter.model.text import Windows, load_windows
-from lfmq.converter.plan.recipe import DEFAULT_RECIPE, Recipe, load_recipe
-from lfmq.converter.statistics.balance import Balanced
-from lfmq.converter.statistics.balance import balance as choose_balanced
-from lfmq.converter.statistics.calibrate import open_statistics
-from lfmq.converter.statistics.statistics import Statistics
-from lfmq.formats.build import Format
+import lfmq
+from lfmq.converter.jobs.execution import (
+    DEFAULT_MEMORY,
+    Device,
+    Execution,
+    Progress,
+    available_threads,
+)
+from lfmq.converter.plan.builtin import DEFAULT_RECIPE, builtin_recipes
 from lfmq.formats.registry import FORMATS
-from lfmq.quant.errors import RecipeError
-from lfmq.validation.gate.thresholds import Thresholds, load_thresholds
-from lfmq.validation.pages.files import check_writable, write_report
-from lfmq.validation.pages.markdown import render_markdown
-from lfmq.validation.pages.page import render_page
-from lfmq.validation.tasks.run import Checks, prepare_checks
+
+if TYPE_CHECKING:
+    from lfmq.converter.checkpoint.checkpoint import Checkpoint
 
 Command = Callable[..., Any]
 
 
-def _packed(name: str, kind: type, *decorators: Command) -> Command:
-    """Options that commands share, handed over as one value."""
+def _together(*decorators: Command) -> Command:
+    """Options that commands share, as one decorator."""
 
     def decorate(command: Command) -> Command:
-        @wraps(command)
-        def unpack(**given: Any) -> Any:
-            value = kind(**{f.name: given.pop(f.name) for f in fields(kind)})
-            return command(**{name: value}, **given)
-
-        return reduce(lambda f, d: d(f), reversed(decorators), unpack)
+        return reduce(lambda f, add: add(f), reversed(decorators), command)
 
     return decorate
 
@@ -63,249 +52,137 @@ class Common:
     def execution(
         self,
         progress: Progress | None = None,
+        *,
         memory: int = DEFAULT_MEMORY,
         cluster: str | None = None,
     ) -> Execution:
         """How the library runs work, and whom it tells."""
         return Execution(self.threads, self.device, cluster, memory, progress, self.notice)
 
-    def open(self, reference: str) -> Checkpoint:
+    def open(self, reference: str) -> "Checkpoint":
         """The checkpoint, fetched with a bar on a terminal."""
-        location = locate_checkpoint(reference, bars=sys.stderr.isatty() and not self.quiet)
-        return open_checkpoint(location.folder, location.name)
+        return lfmq.open_checkpoint(reference, bars=sys.stderr.isatty() and not self.quiet)
 
 
-@dataclass(frozen=True)
-class Text:
-    """Text and how much of it."""
+def common_options(command: Command) -> Command:
+    """The options of every command, handed over as one value ``common``."""
 
-    texts: tuple[Path, ...]
-    tokens: int
-    sequence: int
+    @wraps(command)
+    def unpack(**given: Any) -> Any:
+        common = Common(**{f.name: given.pop(f.name) for f in fields(Common)})
+        return command(common=common, **given)
 
-    def windows(self, opened: Checkpoint, default: str) -> Windows:
-        """Its tokens; without a text those of a file of the sample."""
-        paths = self.texts or (sample_file(default),)
-        return load_windows(
-            paths, opened.assets, opened.config, tokens=self.tokens, sequence=self.sequence
-        )
+    decorated: Command = _common(unpack)
+    return decorated
 
 
-@dataclass(frozen=True)
-class Reports:
-    """Files that a validation is also written to."""
-
-    html: Path | None
-    markdown: Path | None
-
-    def check(self) -> None:
-        """Refuse names that cannot be written, before the work."""
-        check_writable(self.html, self.markdown)
-
-    def write(self, document: Mapping[str, Any]) -> None:
-        """Write those that were asked for."""
-        if self.html is not None:
-            write_report(self.html, render_page(document))
-        if self.markdown is not None:
-            write_report(self.markdown, render_markdown(document))
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """Which builds."""
-
-    recipe: str
-    formats: tuple[str, ...]
-    budget: str | None
-    budget_bytes: str | None
-    budget_token_bytes: str | None
-    statistics: Path | None
-
-    @property
-    def base(self) -> Recipe:
-        """The recipe, with the limits of options in place of its own."""
-        recipe = load_recipe(self.recipe)
-        every = {"budget": self.budget_bytes, "token_budget": self.budget_token_bytes}
-        given = {key: value for key, value in every.items() if value is not None}
-        if given and self.budget is not None:
-            raise RecipeError(
-                "--budget chooses among experts alone; give --budget-bytes in its place"
-            )
-        if given:
-            return recipe.limited(**given, choose="all")
-        return recipe if self.budget is None else recipe.limited(budget=self.budget)
-
-    @property
-    def chosen(self) -> dict[str, Format]:
-        """The containers asked for by name; default: all."""
-        return {name: FORMATS[name] for name in (self.formats or FORMATS)}
-
-    def known(self, opened: Checkpoint) -> Statistics | None:
-        """The statistics file, if one was given."""
-        return open_statistics(self.statistics, opened.config) if self.statistics else None
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What builds are asked to write."""
-
-    tasks: Path | None
-    task_count: int | None
-    task_runs: int
-    new_tokens: int
-
-    def checks(self, opened: Checkpoint) -> Checks | None:
-        """The tasks, if a file was given."""
-        if self.tasks is None:
-            return None
-        return prepare_checks(
-            opened,
-            self.tasks,
-            count=self.task_count,
-            new_tokens=self.new_tokens,
-            runs=self.task_runs,
-        )
-
-
-@dataclass(frozen=True)
-class Gate:
-    """What a build must reach."""
-
-    thresholds: Path | None
-    max_kld: float | None
-    max_perplexity_ratio: float | None
-    min_top1: float | None
-    min_routing: float | None
-    min_local_routing: float | None
-
-    def stated(self, windows: Windows) -> Thresholds:
-        """The file's limits, those of options in their place; both are for these tokens."""
-        given = Thresholds() if self.thresholds is None else load_thresholds(self.thresholds)
-        given.check_text(windows.text_sha256, windows.tokens, windows.ids.shape[1])
-        return given.with_limits(
-            max_kld=self.max_kld,
-            max_perplexity_ratio=self.max_perplexity_ratio,
-            min_top1=self.min_top1,
-            min_routing=self.min_routing,
-            min_local_routing=self.min_local_routing,
-        )
-
-
-def _threads() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-
-
-common_options = _packed(
-    "common",
-    Common,
+_common = _together(
     click.option(
         "--threads",
         type=click.IntRange(1, 1024),
-        default=_threads,
+        default=available_threads,
         show_default="all cores",
-        help="Threads to use; results do not depend on it.",
+        help="Number of threads. Results do not depend on it.",
     ),
     click.option(
         "--device",
         type=click.Choice(["cpu", "cuda"]),
         default="cpu",
         show_default=True,
-        help="Where matrices are multiplied.",
+        help="Device for matrix products.",
     ),
-    click.option("--json", "as_json", is_flag=True, help="Print one JSON object and no tables."),
-    click.option("--quiet", is_flag=True, help="No progress on stderr."),
+    click.option(
+        "--json", "as_json", is_flag=True, help="Print one JSON object instead of tables."
+    ),
+    click.option("--quiet", is_flag=True, help="Print no progress and no notices on stderr."),
 )
-plan_options = _packed(
-    "wanted",
-    Wanted,
+plan_options = _together(
     click.option(
         "--recipe",
         default=DEFAULT_RECIPE,
         show_default=True,
-        help="A built-in recipe (int8, int4, int4-all, int4-mixed, int4-fast) or a TOML file.",
+        help=f"A built-in recipe ({', '.join(builtin_recipes())}) or a TOML file.",
     ),
     click.option(
         "--to",
-        "formats",
         type=click.Choice(sorted(FORMATS)),
         multiple=True,
         help="Container to write; may be repeated. Default: all.",
     ),
     click.option(
         "--budget",
-        help="Size of each build (6.1GB, 5800MiB, 5.69bpw); as far as it goes experts get 8 bits.",
+        metavar="SIZE",
+        help="Maximum size of each build (6.1GB, 5800MiB, 5.69bpw). Experts are raised from 4 to "
+        "8 bits, most useful first, until it is used up.",
     ),
     click.option(
         "--budget-bytes",
         metavar="SIZE",
-        help="Size of each build; every weight gets the grid that serves it best (also q4_k_m).",
+        help="Maximum size of each build. Every weight gets the grid that serves it best within "
+        "this size; also q4_k_m, for at most the size of llama.cpp's Q4_K_M.",
     ),
     click.option(
         "--budget-token-bytes",
         metavar="SIZE",
-        help="The same for the bytes of weights that are read for a token; both may be given.",
+        help="Maximum number of bytes of weights read for each decoded token. Can be combined "
+        "with --budget-bytes.",
     ),
     click.option(
         "--statistics",
         type=click.Path(path_type=Path),
-        help="What lfmq calibrate found, or an imatrix of llama.cpp.",
+        help="Statistics file from lfmq calibrate, or an importance matrix from llama.cpp.",
     ),
 )
 balance_option = click.option(
     "--balance",
     type=click.IntRange(1),
     metavar="N",
-    help="Choose the windows from N tokens of the text, so that every expert gets its quota.",
+    help="Choose the windows among the first N tokens of the text, so that every expert gets the "
+    "tokens it needs.",
 )
-report_options = _packed(
-    "reports",
-    Reports,
+report_options = _together(
     click.option(
         "--html",
         type=click.Path(path_type=Path),
-        help="Also write the report as one page for a browser; it needs no network.",
+        help="Also write the report as one HTML page, which loads nothing from the network.",
     ),
     click.option(
         "--markdown",
         type=click.Path(path_type=Path),
-        help="Also write the parity table for a model card.",
+        help="Also write the table of figures for a model card.",
     ),
 )
-text_options = _packed(
-    "text",
-    Text,
+text_options = _together(
     click.option(
         "--text",
-        "texts",
         type=click.Path(path_type=Path),
         multiple=True,
-        help="Plain text or JSONL; may be repeated.",
+        help="Plain text or JSONL file; may be repeated.",
     ),
     click.option(
         "--tokens",
         type=click.IntRange(1),
         default=32768,
         show_default=True,
-        help="How many tokens of the text.",
+        help="Number of tokens to take from the text.",
     ),
     click.option(
         "--sequence",
         type=click.IntRange(4),
         default=512,
         show_default=True,
-        help="Length of a window, tokens.",
+        help="Window length in tokens.",
     ),
 )
-task_options = _packed(
-    "asked",
-    Asked,
+task_options = _together(
     click.option(
         "--tasks",
         type=click.Path(path_type=Path),
-        help="JSONL of chat tasks; checkpoint and builds do them, greedy and sampled.",
+        help="JSONL file of chat tasks. The checkpoint and every build answer them, with greedy "
+        "decoding and with sampling.",
     ),
     click.option(
-        "--task-count", type=click.IntRange(1), metavar="N", help="Only the first N tasks."
+        "--task-count", type=click.IntRange(1), metavar="N", help="Use only the first N tasks."
     ),
     click.option(
         "--task-runs",
@@ -313,7 +190,7 @@ task_options = _packed(
         default=1,
         show_default=True,
         metavar="N",
-        help="Sampled answers to each task.",
+        help="Number of sampled answers to each task.",
     ),
     click.option(
         "--new-tokens",
@@ -321,51 +198,37 @@ task_options = _packed(
         default=256,
         show_default=True,
         metavar="N",
-        help="Most tokens of an answer.",
+        help="Maximum number of tokens in an answer.",
     ),
 )
-gate_options = _packed(
-    "gate",
-    Gate,
+gate_options = _together(
     click.option(
         "--thresholds",
         type=click.Path(path_type=Path),
         metavar="FILE",
-        help="TOML file of limits; options take their place.",
+        help="TOML file of limits. The options below replace its limits.",
     ),
-    click.option("--max-kld", type=float, help="Highest mean KL divergence, nats a token."),
-    click.option("--max-perplexity-ratio", type=float, help="Highest perplexity ratio."),
-    click.option("--min-top1", type=float, help="Lowest share of the same most likely token."),
-    click.option("--min-routing", type=float, help="Lowest share of the same set of experts."),
+    click.option("--max-kld", type=float, help="Maximum mean KL divergence, in nats per token."),
+    click.option("--max-perplexity-ratio", type=float, help="Maximum perplexity ratio."),
+    click.option(
+        "--min-top1",
+        type=float,
+        help="Minimum share of positions with the same most likely token.",
+    ),
+    click.option(
+        "--min-routing",
+        type=float,
+        help="Minimum share of (token, layer) pairs with the same set of experts.",
+    ),
     click.option(
         "--min-local-routing",
         type=float,
-        help="Lowest such share where routers read the reference's hidden states.",
+        help="The same share where every router reads the reference's hidden states.",
     ),
 )
 cluster_option = click.option(
     "--cluster",
     metavar="ADDRESS",
-    help="Work on a running Ray cluster; every machine sees the folders under the same paths.",
+    help="Run on a Ray cluster. Every machine must see the folders under the same paths.",
 )
 engine_choice = click.Choice(["read", "native"])
-
-
-def calibration_text(
-    opened: Checkpoint, text: Text, balance: int | None, common: Common
-) -> tuple[Windows, Balanced | None]:
-    """The text's first windows, or those that bring experts to their quotas."""
-    if balance is None:
-        return text.windows(opened, "calibration.jsonl"), None
-    if balance < text.tokens:
-        raise click.UsageError(f"--balance {balance} is fewer than --tokens {text.tokens}")
-    pool = replace(text, tokens=balance).windows(opened, "calibration.jsonl")
-    with show_progress(quiet=common.quiet) as progress:
-        found = choose_balanced(
-            opened,
-            pool,
-            text.tokens,
-            execution=common.execution(progress),
-        )
-    common.notice(str(found))
-    return found.windows, found

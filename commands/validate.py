@@ -1,18 +1,14 @@
 """Builds against their checkpoint."""
 
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
-import torch
 
+import lfmq
 from lfmq.commands.console import checkpoint_argument, example, print_json, print_tables
 from lfmq.commands.options import (
-    Asked,
     Common,
-    Gate,
-    Reports,
-    Text,
     common_options,
     engine_choice,
     gate_options,
@@ -21,13 +17,6 @@ from lfmq.commands.options import (
     text_options,
 )
 from lfmq.commands.progress import show_progress
-from lfmq.commands.tables import report_table
-from lfmq.converter.checkpoint.checkpoint import Checkpoint
-from lfmq.validation.engines.installed import with_warnings
-from lfmq.validation.gate.judge import judge
-from lfmq.validation.measure.builds import Engine
-from lfmq.validation.measure.validate import validate as validate_builds
-from lfmq.validation.tasks.run import Generation, check_builds, generation_lines, with_generation
 
 THRESHOLD_MISSED = 3
 
@@ -38,61 +27,37 @@ THRESHOLD_MISSED = 3
 @text_options
 @click.option(
     "--engine",
-    "engines",
     type=engine_choice,
     multiple=True,
     default=["read"],
     show_default=True,
-    help="read: the file's weights through the reference forward; native: the file in its own "
-    "runtime. May be repeated.",
+    help="read runs the file's weights in the reference forward pass; native runs the file in its "
+    "own runtime. May be repeated.",
 )
 @task_options
-@click.option("--by-layer", is_flag=True, help="Also the divergence of each layer and expert.")
+@click.option(
+    "--by-layer",
+    is_flag=True,
+    help="Also measure the KL divergence caused by each layer and each expert.",
+)
 @gate_options
 @report_options
 @common_options
-@click.pass_context
-def validate(
-    ctx: click.Context,
-    checkpoint: str,
-    builds: tuple[Path, ...],
-    text: Text,
-    engines: tuple[Engine, ...],
-    by_layer: bool,
-    asked: Asked,
-    gate: Gate,
-    reports: Reports,
-    common: Common,
-) -> None:
-    """Compare builds with their checkpoint: perplexity, KL divergence, routing, answers to tasks.
+def validate(checkpoint: str, builds: tuple[Path, ...], common: Common, **options: Any) -> None:
+    """Measure how close each build is to its checkpoint.
 
-    Every build is opened again and run on the same tokens as the checkpoint. Exits with status 3
+    Every build is read back and run on the same tokens as the checkpoint. The report compares
+    perplexity, KL divergence, the choice of experts, and answers to tasks. The exit status is 3
     when a limit is missed. Without --text the sample's evaluation text is used.
     """
-    reports.check()
-    opened = common.open(checkpoint)
-    torch.set_num_threads(common.threads)
-    windows = text.windows(opened, "evaluation.jsonl")
-    thresholds = gate.stated(windows)
-    generation = _generation(opened, builds, asked, common)
+    from lfmq.commands.tables import report_table
+    from lfmq.validation.tasks.run import generation_lines
+
+    source = common.open(checkpoint)
     with show_progress(quiet=common.quiet) as progress:
-        report = validate_builds(
-            opened,
-            builds,
-            windows,
-            engines=engines,
-            by_layer=by_layer,
-            execution=common.execution(progress),
-        )
-    report = with_generation(report, generation)
-    report = replace(report, failures=judge(report.to_json(), thresholds))
-    document = with_warnings(report.to_json(), opened.assets)
-    reports.write(document)
-    for build in document["builds"]:
-        for line in build["warnings"]:
-            common.notice(f"warning: {build['path']}: {line}")
+        report = lfmq.validate(source, builds, execution=common.execution(progress), **options)
     if common.as_json:
-        print_json(document)
+        print_json(report.to_json())
     else:
         print_tables(report_table(report))
         for line in generation_lines((b.path, b.generation) for b in report.builds):
@@ -100,15 +65,4 @@ def validate(
         for failure in report.failures:
             click.echo(f"missed: {failure}")
     if not report.passed:
-        ctx.exit(THRESHOLD_MISSED)
-
-
-def _generation(
-    opened: Checkpoint, builds: tuple[Path, ...], asked: Asked, common: Common
-) -> dict[Path, Generation]:
-    """What builds wrote for the tasks, if there are any."""
-    checks = asked.checks(opened)
-    if checks is None:
-        return {}
-    with show_progress(quiet=common.quiet) as progress:
-        return check_builds(opened, builds, checks, execution=common.execution(progress))
+        click.get_current_context().exit(THRESHOLD_MISSED)

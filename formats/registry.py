@@ -6,44 +6,46 @@ many commands take to run.
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lfmq.formats.build import Assets, Format
-from lfmq.formats.huggingface.config import read_config
-from lfmq.formats.plan import Plan
 from lfmq.quant.errors import CheckpointError, LfmqError, UnsupportedError, ValidationError
 
+if TYPE_CHECKING:
+    from lfmq.formats.build import Assets, Format
+    from lfmq.formats.plan import Plan
 
-def _gguf() -> Format:
+
+def _gguf() -> "Format":
     from lfmq.formats.gguf import container
 
     return container
 
 
-def _mlx() -> Format:
+def _mlx() -> "Format":
     from lfmq.formats.mlx import container
 
     return container
 
 
-def _onnx() -> Format:
+def _onnx() -> "Format":
     from lfmq.formats.onnx import container
 
     return container
 
 
-def _compressed_tensors() -> Format:
+def _compressed_tensors() -> "Format":
     from lfmq.formats.compressed_tensors import container
 
     return container
 
 
-class _Containers(Mapping[str, Format]):
+class _Containers(Mapping[str, "Format"]):
     """Containers by name, in the order they are reported; each imported when it is looked up."""
 
-    def __init__(self, loaders: Mapping[str, Callable[[], Format]]) -> None:
+    def __init__(self, loaders: Mapping[str, Callable[[], "Format"]]) -> None:
         self._loaders = loaders
 
-    def __getitem__(self, name: str) -> Format:
+    def __getitem__(self, name: str) -> "Format":
         return self._loaders[name]()
 
     def __iter__(self) -> Iterator[str]:
@@ -56,7 +58,7 @@ class _Containers(Mapping[str, Format]):
         return name in self._loaders
 
 
-FORMATS: Mapping[str, Format] = _Containers(
+FORMATS: Mapping[str, "Format"] = _Containers(
     {
         "gguf": _gguf,
         "mlx": _mlx,
@@ -66,7 +68,7 @@ FORMATS: Mapping[str, Format] = _Containers(
 )
 
 
-def check_plan(module: Format, plan: Plan, assets: Assets) -> None:
+def check_plan(module: "Format", plan: "Plan", assets: "Assets") -> None:
     """Check a plan against a container; the refusal says which others can hold it.
 
     Raises:
@@ -86,7 +88,7 @@ def check_plan(module: Format, plan: Plan, assets: Assets) -> None:
         raise UnsupportedError(f"{error}; {remedy}") from error
 
 
-def _holds(module: Format, plan: Plan, assets: Assets) -> bool:
+def _holds(module: "Format", plan: "Plan", assets: "Assets") -> bool:
     try:
         module.check(plan, assets)
     except LfmqError:
@@ -115,6 +117,8 @@ def detect_format(path: Path) -> str:
 
 def _is_compressed_tensors(folder: Path) -> bool:
     """Whether a folder of safetensors says so in its config."""
+    from lfmq.formats.huggingface.config import read_config
+
     try:
         block = read_config(folder).get("quantization_config")
     except CheckpointError:

@@ -27,3 +27,7 @@ class ValidationError(LfmqError):
 
 class ClusterError(LfmqError):
     """The machines the work was to run on are not there, or lost it again and again."""
+
+
+class UsageError(LfmqError):
+    """Options exclude each other, or one needs another; the command line exits with status 2."""

@@ -9,8 +9,9 @@ import pytest
 
 from lfmq.cli import main
 from lfmq.converter.checkpoint.checkpoint import open_checkpoint
+from lfmq.converter.plan.builtin import builtin_recipes
 from lfmq.converter.plan.plan import resolve_plan
-from lfmq.converter.plan.recipe import builtin_recipes, load_recipe, parse_recipe
+from lfmq.converter.plan.recipe import load_recipe, parse_recipe
 from lfmq.formats.plan import EXPERT_ROLES, SHARED_ROLES
 from lfmq.formats.registry import FORMATS
 

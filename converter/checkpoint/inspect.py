@@ -1,4 +1,4 @@
-"""What a checkpoint is, and what is odd about it, without reading a weight."""
+"""What a checkpoint is, and what a user should be warned of, without reading a weight."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -28,7 +28,7 @@ class Inspection:
     title: str
     config: dict[str, Any]
     roles: tuple[RoleCount, ...]
-    odd: tuple[str, ...]
+    warnings: tuple[str, ...]
 
     @property
     def tensors(self) -> int:
@@ -53,7 +53,8 @@ class Inspection:
             "geometry": self.config,
             **totals,
             "roles": [asdict(r) for r in self.roles],
-            "odd": list(self.odd),
+            "warnings": list(self.warnings),
+            "odd": list(self.warnings),  # the key's earlier name
         }
 
 
@@ -77,31 +78,31 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         f"{g.num_experts} experts, {g.num_experts_per_tok} active" if g.moe_layers else "dense"
     )
     return Inspection(
-        checkpoint.assets.name, title, asdict(g), tuple(roles), tuple(_odd(checkpoint))
+        checkpoint.assets.name, title, asdict(g), tuple(roles), tuple(_warnings(checkpoint))
     )
 
 
-def _odd(checkpoint: Checkpoint) -> list[str]:
+def _warnings(checkpoint: Checkpoint) -> list[str]:
     g, files = checkpoint.config, checkpoint.assets.files
-    odd = []
+    found = []
     biases = [t.dtype for n, t in checkpoint.stored.items() if n.endswith("expert_bias")]
     rounded = sorted({dtype for dtype in biases if dtype != "F32"})
     if rounded:
-        odd.append(f"expert_bias is stored as {rounded[0]}, not F32: selection was rounded")
+        found.append(f"expert_bias is stored as {rounded[0]}, not F32: selection was rounded")
     if not g.norm_topk_prob:
-        odd.append("norm_topk_prob is false: GGUF cannot hold it")
+        found.append("norm_topk_prob is false: GGUF cannot hold it")
     if g.routed_scaling_factor != 1:
-        odd.append(f"routed_scaling_factor is {g.routed_scaling_factor}: GGUF cannot hold it")
+        found.append(f"routed_scaling_factor is {g.routed_scaling_factor}: GGUF cannot hold it")
     if checkpoint.vocabulary is None:
-        odd.append("no tokenizer.json: GGUF needs one, text cannot be tokenized")
+        found.append("no tokenizer.json: GGUF needs one, text cannot be tokenized")
     elif checkpoint.vocabulary.size != g.vocab_size:
-        odd.append(
+        found.append(
             f"the tokenizer has {checkpoint.vocabulary.size:,} tokens, the config's vocab_size "
             f"is {g.vocab_size:,}"
         )
     template = json.loads(files.get("tokenizer_config.json", b"{}")).get("chat_template")
     if "chat_template.jinja" not in files and not template:
-        odd.append("no chat template: chats cannot be rendered")
+        found.append("no chat template: chats cannot be rendered")
     if "generation_config.json" not in files:
-        odd.append("no generation_config.json: runtimes use their own sampling defaults")
-    return odd
+        found.append("no generation_config.json: runtimes use their own sampling defaults")
+    return found

@@ -35,3 +35,14 @@ def steady_torch() -> Iterator[None]:
     finally:
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """So many threads in each torch operation, for the time of a ``with`` block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

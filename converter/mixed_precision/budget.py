@@ -11,8 +11,6 @@ that says ``choose = "all"`` has every weight chosen, among all grids that the f
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +29,7 @@ from lfmq.converter.mixed_precision.width_groups import (
     rest_bytes,
     shared_units,
 )
+from lfmq.converter.mixed_precision.widths import Widths
 from lfmq.converter.model.text import Windows
 from lfmq.converter.plan.plan import resolve_plan
 from lfmq.converter.plan.recipe import Recipe
@@ -44,50 +43,6 @@ from lfmq.quant.types import Scheme
 _SYMMETRIC = (Scheme(4), Scheme(8))
 # How often a choice is made again with the routed divergence as the last one found it.
 _ROUNDS = 6
-
-
-@dataclass(frozen=True, slots=True)
-class Widths:
-    """A recipe with its widths settled.
-
-    Attributes:
-        recipe: with limits, the base's rules and those the choice adds; its text can be saved.
-        plan: the recipe resolved.
-        units: what was chosen among, by layer; empty without limits.
-        choice: for each unit the index of its scheme.
-        kld: predicted mean KL divergence of the build, nats; None without losses to tell from.
-    """
-
-    recipe: Recipe
-    plan: Plan
-    units: tuple[Unit, ...] = ()
-    choice: tuple[int, ...] = ()
-    kld: float | None = None
-
-    @property
-    def routed(self) -> float:
-        """The squared routed divergence of what was chosen."""
-        return sum(u.costs[i].routed for u, i in zip(self.units, self.choice, strict=True))
-
-    def to_json(self) -> dict[str, Any]:
-        """What ``plan`` and ``convert`` report of it."""
-        if self.kld is None:
-            return {}
-        return {
-            "predicted_kld": self.kld,
-            "widths": [
-                {
-                    "layer": unit.layer,
-                    "group": unit.label,
-                    "storage": str(unit.schemes[index]),
-                    "kld": {
-                        str(scheme): unit.marginal(i, self.routed)
-                        for i, scheme in enumerate(unit.schemes)
-                    },
-                }
-                for unit, index in zip(self.units, self.choice, strict=True)
-            ],
-        }
 
 
 def settle_widths(
@@ -320,16 +275,3 @@ def _too_small(
                     "weights fewer bits"
                 )
     return RecipeError("no choice keeps the limits of bytes and bytes a token together; raise one")
-
-
-def save_recipe(path: Path, recipe: Recipe) -> None:
-    """Write a recipe's text, to be given as ``--recipe``.
-
-    Raises:
-        RecipeError: it exists or cannot be written.
-    """
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(recipe.text)
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be written ({error.strerror})") from error

@@ -9,9 +9,10 @@ from lfmq.converter.mixed_precision.budget import Choices, open_choices, settle_
 from lfmq.converter.mixed_precision.predicted_kld import Cost, Prediction
 from lfmq.converter.mixed_precision.size_limits import Limits
 from lfmq.converter.model.tensors import expected_tensors
+from lfmq.converter.plan.builtin import builtin_recipes
 from lfmq.converter.plan.plan import token_bytes
 from lfmq.converter.plan.presets import PEERS, peer_bytes, peer_schemes
-from lfmq.converter.plan.recipe import Recipe, builtin_recipes, load_recipe, parse_recipe
+from lfmq.converter.plan.recipe import Recipe, load_recipe, parse_recipe
 from lfmq.converter.statistics.statistics import Statistics
 from lfmq.formats.build import Format
 from lfmq.formats.plan import FLOAT_ROLES

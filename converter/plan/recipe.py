@@ -6,11 +6,11 @@ import re
 import tomllib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from lfmq.converter.model.tensors import Tensor
+from lfmq.converter.plan.builtin import builtin_recipes, builtin_text
 from lfmq.formats.plan import (
     EXPERT_ROLES,
     FLOAT_ROLES,
@@ -25,7 +25,6 @@ from lfmq.quant.types import (
     Storage,
 )
 
-DEFAULT_RECIPE = "int4"
 MORE_BITS = "more_bits"  # in place of layers: those that llama.cpp gives a wider type
 _LARGEST_INDEX = 1_000_000  # of a layer or an expert; a longer range is a slip
 _ROLE_SETS = {"experts": EXPERT_ROLES, "shared": SHARED_ROLES}
@@ -124,12 +123,6 @@ def _toml_value(limit: Limit) -> str:
     return json.dumps(limit)
 
 
-def builtin_recipes() -> tuple[str, ...]:
-    """Names of the recipes that come with the package."""
-    folder = files("lfmq.converter.plan").joinpath("recipes")
-    return tuple(sorted(p.name.removesuffix(".toml") for p in folder.iterdir()))
-
-
 def load_recipe(name_or_path: str) -> Recipe:
     """A built-in recipe by name, or a TOML file.
 
@@ -137,8 +130,7 @@ def load_recipe(name_or_path: str) -> Recipe:
         RecipeError: no such recipe, not TOML, an unknown key or an illegal value.
     """
     if name_or_path in builtin_recipes():
-        source = files("lfmq.converter.plan").joinpath("recipes", f"{name_or_path}.toml")
-        return parse_recipe(source.read_text("utf-8"), name_or_path, name_or_path)
+        return parse_recipe(builtin_text(name_or_path), name_or_path, name_or_path)
     path = Path(name_or_path)
     try:
         text = path.read_text("utf-8")
@@ -148,6 +140,19 @@ def load_recipe(name_or_path: str) -> Recipe:
             f"{name_or_path}: neither a built-in recipe ({known}) nor a readable TOML file"
         ) from error
     return parse_recipe(text, path.stem, str(path))
+
+
+def save_recipe(path: Path, recipe: Recipe) -> None:
+    """Write a recipe's text, to be given as ``--recipe``.
+
+    Raises:
+        RecipeError: it exists or cannot be written.
+    """
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(recipe.text)
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def parse_recipe(text: str, name: str, source: str) -> Recipe:

@@ -109,7 +109,9 @@ class Calibrated:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """``experts`` and ``routers`` of ``lfmq convert --json``."""
+        """``experts`` and ``routers`` of ``lfmq convert --json``; neither for a dense model."""
+        if not self.experts:
+            return {}
         return {
             "experts": [asdict(e) for e in self.experts],
             "routers": [asdict(r) | {"kept": r.kept} for r in self.routers],

@@ -91,7 +91,7 @@ def test_expert_bias_stays_float32(make_checkpoint):
     checkpoint = open_checkpoint(make_checkpoint(change=lambda t: t.update({BIAS: bias})))
     assert checkpoint.stored[BIAS].dtype == "F32"
     np.testing.assert_array_equal(checkpoint.read(BIAS), bias)
-    assert not inspect_checkpoint(checkpoint).odd
+    assert not inspect_checkpoint(checkpoint).warnings
 
 
 def test_inspect_counts_by_role(sample_folder):
@@ -101,7 +101,7 @@ def test_inspect_counts_by_role(sample_folder):
     assert counts["expert_down"] == (64, 4_194_304, "BF16")
     assert counts["expert_bias"] == (4, 64, "F32")
     assert report.nbytes == sum(r.nbytes for r in report.roles)
-    assert not report.odd
+    assert not report.warnings
 
 
 def test_inspect_tells_what_is_odd(make_checkpoint):
@@ -113,7 +113,7 @@ def test_inspect_tells_what_is_odd(make_checkpoint):
     folder = make_checkpoint(change=change, config={"norm_topk_prob": False})
     for name in ("chat_template.jinja", "generation_config.json"):
         (folder / name).unlink()
-    odd = "\n".join(inspect_checkpoint(open_checkpoint(folder)).odd)
+    odd = "\n".join(inspect_checkpoint(open_checkpoint(folder)).warnings)
     for text in (
         "expert_bias is stored as BF16",
         "no chat template",
@@ -122,7 +122,7 @@ def test_inspect_tells_what_is_odd(make_checkpoint):
     ):
         assert text in odd
     (folder / "tokenizer.json").unlink()
-    assert "no tokenizer.json" in "\n".join(inspect_checkpoint(open_checkpoint(folder)).odd)
+    assert "no tokenizer.json" in "\n".join(inspect_checkpoint(open_checkpoint(folder)).warnings)
 
 
 def test_opening_reads_no_weight(make_checkpoint):

@@ -8,7 +8,6 @@ from lfmq.converter.checkpoint.checkpoint import open_checkpoint
 from lfmq.converter.mixed_precision.budget import (
     open_choices,
     predicted_kld,
-    save_recipe,
     settle_widths,
 )
 from lfmq.converter.mixed_precision.size_limits import parse_budget
@@ -16,7 +15,7 @@ from lfmq.converter.mixed_precision.width_groups import expert_units
 from lfmq.converter.model.text import load_windows
 from lfmq.converter.plan.plan import resolve_plan, token_bytes
 from lfmq.converter.plan.presets import peer_bytes
-from lfmq.converter.plan.recipe import load_recipe
+from lfmq.converter.plan.recipe import load_recipe, save_recipe
 from lfmq.converter.run.planned import plan_layouts
 from lfmq.converter.statistics.collect import collect
 from lfmq.converter.statistics.statistics import Statistics

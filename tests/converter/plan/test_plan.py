@@ -10,8 +10,9 @@ import pytest
 
 from lfmq.converter.checkpoint.checkpoint import open_checkpoint
 from lfmq.converter.model.tensors import expected_tensors
+from lfmq.converter.plan.builtin import builtin_recipes
 from lfmq.converter.plan.plan import resolve_plan, token_bytes
-from lfmq.converter.plan.recipe import builtin_recipes, load_recipe, parse_recipe
+from lfmq.converter.plan.recipe import load_recipe, parse_recipe
 from lfmq.converter.run.planned import plan_builds
 from lfmq.formats.plan import (
     EXPERT_ROLES,

@@ -2,7 +2,8 @@
 
 import pytest
 
-from lfmq.converter.plan.recipe import DEFAULT_RECIPE, builtin_recipes, load_recipe, parse_recipe
+from lfmq.converter.plan.builtin import DEFAULT_RECIPE, builtin_recipes
+from lfmq.converter.plan.recipe import load_recipe, parse_recipe
 from lfmq.formats.plan import EXPERT_ROLES, SHARED_ROLES, Role
 from lfmq.quant.errors import RecipeError
 from lfmq.quant.types import Scheme

@@ -1,0 +1,1 @@
+"""What ``import lfmq`` offers and the commands call: whole tasks with their defaults."""
