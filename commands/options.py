@@ -23,7 +23,8 @@ from lfmq.converter.statistics.statistics import Statistics
 from lfmq.formats.build import Format
 from lfmq.formats.registry import FORMATS
 from lfmq.quant.errors import RecipeError, ValidationError
-from lfmq.validation.gate.thresholds import Thresholds, load_thresholds
+from lfmq.validation.gate.thresholds import LIMITS, Thresholds, load_thresholds
+from lfmq.validation.measure.report import Report
 from lfmq.validation.pages.files import check_writable, write_report
 from lfmq.validation.pages.markdown import render_markdown
 from lfmq.validation.pages.page import render_page
@@ -97,12 +98,12 @@ class Reports:
         """Refuse names that cannot be written, before the work."""
         check_writable(self.html, self.markdown)
 
-    def write(self, document: Mapping[str, Any]) -> None:
+    def write(self, report: Report) -> None:
         """Write those that were asked for."""
         if self.html is not None:
-            write_report(self.html, render_page(document))
+            write_report(self.html, render_page(report))
         if self.markdown is not None:
-            write_report(self.markdown, render_markdown(document))
+            write_report(self.markdown, render_markdown(report))
 
 
 @dataclass(frozen=True)
@@ -167,23 +168,20 @@ class Gate:
     """What a build must reach."""
 
     thresholds: Path | None
-    max_kld: float | None
-    max_perplexity_ratio: float | None
-    min_top1: float | None
-    min_routing: float | None
-    min_local_routing: float | None
+    limits: Mapping[str, float | None]
 
-    def stated(self, windows: Windows) -> Thresholds:
-        """The file's limits, those of options in their place; both are for these tokens."""
+    def stated(self, windows: Windows, *, experts: bool) -> Thresholds:
+        """The file's limits, those of options in their place; both are for these tokens.
+
+        Args:
+            windows: the tokens.
+            experts: whether the model has any.
+        """
         given = Thresholds() if self.thresholds is None else load_thresholds(self.thresholds)
         given.check_text(windows.text_sha256, windows.tokens, windows.ids.shape[1])
-        return given.with_limits(
-            max_kld=self.max_kld,
-            max_perplexity_ratio=self.max_perplexity_ratio,
-            min_top1=self.min_top1,
-            min_routing=self.min_routing,
-            min_local_routing=self.min_local_routing,
-        )
+        found = given.with_limits(**self.limits)
+        found.check_experts(experts)
+        return found
 
 
 def _threads() -> int:
@@ -319,25 +317,29 @@ task_options = _packed(
         help="Most tokens of an answer.",
     ),
 )
-gate_options = _packed(
-    "gate",
-    Gate,
-    click.option(
+
+
+def gate_options(command: Command) -> Command:
+    """A file of limits, and an option for each limit in the table of figures."""
+
+    @wraps(command)
+    def unpack(**given: Any) -> Any:
+        limits = {key: given.pop(key) for key in LIMITS}
+        return command(gate=Gate(given.pop("thresholds"), limits), **given)
+
+    options = [
+        click.option(f"--{key.replace('_', '-')}", type=float, help=figure.limit_help)
+        for key, figure in LIMITS.items()
+    ]
+    thresholds = click.option(
         "--thresholds",
         type=click.Path(path_type=Path),
         metavar="FILE",
         help="TOML file of limits; options take their place.",
-    ),
-    click.option("--max-kld", type=float, help="Highest mean KL divergence, nats a token."),
-    click.option("--max-perplexity-ratio", type=float, help="Highest perplexity ratio."),
-    click.option("--min-top1", type=float, help="Lowest share of the same most likely token."),
-    click.option("--min-routing", type=float, help="Lowest share of the same set of experts."),
-    click.option(
-        "--min-local-routing",
-        type=float,
-        help="Lowest such share where routers read the reference's hidden states.",
-    ),
-)
+    )
+    return reduce(lambda f, option: option(f), reversed([thresholds, *options]), unpack)
+
+
 cluster_option = click.option(
     "--cluster",
     metavar="ADDRESS",

@@ -23,7 +23,6 @@ from lfmq.commands.options import (
 from lfmq.commands.progress import show_progress
 from lfmq.commands.tables import report_table
 from lfmq.converter.checkpoint.checkpoint import Checkpoint
-from lfmq.validation.engines.installed import with_warnings
 from lfmq.validation.gate.judge import judge
 from lfmq.validation.measure.builds import Engine
 from lfmq.validation.measure.validate import validate as validate_builds
@@ -73,7 +72,7 @@ def validate(
     opened = common.open(checkpoint)
     torch.set_num_threads(common.threads)
     windows = text.windows(opened, "evaluation.jsonl")
-    thresholds = gate.stated(windows)
+    thresholds = gate.stated(windows, experts=bool(opened.config.moe_layers))
     generation = _generation(opened, builds, asked, common)
     with show_progress("validating", quiet=common.quiet, unit="step") as progress:
         report = validate_builds(
@@ -87,14 +86,13 @@ def validate(
             progress=progress,
         )
     report = with_generation(report, generation)
-    report = replace(report, failures=judge(report.to_json(), thresholds))
-    document = with_warnings(report.to_json(), opened.assets)
-    reports.write(document)
-    for build in document["builds"]:
-        for line in build["warnings"]:
-            common.notice(f"warning: {build['path']}: {line}")
+    report = replace(report, failures=judge(report, thresholds))
+    reports.write(report)
+    for build in report.builds:
+        for line in build.warnings:
+            common.notice(f"warning: {build.path}: {line}")
     if common.as_json:
-        print_json(document)
+        print_json(report.to_json())
     else:
         print_tables(report_table(report))
         for line in generation_lines((b.path, b.generation) for b in report.builds):

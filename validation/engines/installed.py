@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterable, Mapping, Set
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import onnx
 from packaging.specifiers import SpecifierSet
@@ -106,19 +105,6 @@ def build_warnings(path: Path, format: str, assets: Assets) -> tuple[str, ...]:
             f"download{_hint(assets)}; convert once more"
         )
     return tuple(lines)
-
-
-def with_warnings(document: dict[str, Any], assets: Assets) -> dict[str, Any]:
-    """The document with each build's warnings under ``warnings``, after those it has."""
-    known: dict[str, tuple[str, ...]] = {}
-    builds = []
-    for build in document["builds"]:
-        path = build["path"]
-        if path not in known:
-            known[path] = build_warnings(Path(path), build["format"], assets)
-        found = dict.fromkeys([*(build.get("warnings") or ()), *known[path]])
-        builds.append(build | {"warnings": list(found)})
-    return document | {"builds": builds}
 
 
 def _hint(assets: Assets) -> str:

@@ -1,141 +1,137 @@
-"""The JSON document of ``lfmq validate`` as the page and the Markdown table read it."""
+"""A report as the page and the Markdown table show it: numbers with their place, rows, misses."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-
-@dataclass(frozen=True, slots=True)
-class Located:
-    """A value of the document and where it is, as a JSON pointer (RFC 6901)."""
-
-    value: Any
-    pointer: str = ""
-
-    def __getitem__(self, key: str | int) -> "Located":
-        step = str(key).replace("~", "~0").replace("/", "~1")
-        return Located(self.value[key], f"{self.pointer}/{step}")
-
-    def __iter__(self) -> Iterator["Located"]:
-        return (self[i] for i in range(len(self.value)))
-
-    def get(self, *keys: str) -> "Located | None":
-        """What is under the keys; None when it is not there, null or empty."""
-        found = self
-        for key in keys:
-            if not isinstance(found.value, dict) or key not in found.value:
-                return None
-            found = found[key]
-        return None if found.value in (None, [], {}) else found
-
-    def number(self, *keys: str) -> float | None:
-        """The number under the keys, where there is one."""
-        found = self.get(*keys)
-        return None if found is None else float(found.value)
+from lfmq.validation.measure.figures import Estimates, Figure, Kind
+from lfmq.validation.measure.report import BuildReport, Failure, Report
 
 
 @dataclass(frozen=True, slots=True)
-class Build:
+class Number:
+    """A number of a report.
+
+    Attributes:
+        value: None where the report's JSON has null.
+        pointer: where it is in the report's JSON, a JSON pointer (RFC 6901).
+        kind: how it is written.
+    """
+
+    value: float | None
+    pointer: str
+    kind: Kind
+
+
+def number(value: float | None, pointer: str, kind: Kind) -> Number:
+    """A number, or null where JSON has no number for it."""
+    known = value is not None and math.isfinite(value)
+    return Number(value if known else None, pointer, kind)
+
+
+def number_in(figures: Estimates, figure: Figure, pointer: str) -> Number | None:
+    """A figure at a pointer; None where it was not measured."""
+    found = figures.get(figure)
+    return None if found is None else number(found.value, pointer, figure.kind)
+
+
+def escaped(key: str) -> str:
+    """A key as a step of a JSON pointer."""
+    return key.replace("~", "~0").replace("/", "~1")
+
+
+@dataclass(frozen=True, slots=True)
+class Miss:
+    """A failure and its numbers."""
+
+    failure: Failure
+    found: Number | None
+    limit: Number | None
+
+    @property
+    def metadata(self) -> bool:
+        """It is of metadata, which has no unit and no limit."""
+        return self.failure.kind is None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
     """A build in one engine.
 
     Attributes:
         label: short, and unlike any other's.
         name: of its file or folder.
-        found: its object in the document.
-        missed: the first failure of each figure of this build in this engine.
+        at: JSON pointer of its object.
+        report: its figures.
+        missed: its first miss of each figure, by the figure's place.
     """
 
     label: str
     name: str
-    found: Located
-    missed: Mapping[str, Located]
+    at: str
+    report: BuildReport
+    missed: Mapping[str, Miss]
 
-    @property
-    def path(self) -> str:
-        """Where it is, as given to ``lfmq validate``."""
-        return str(self.found.value["path"])
+    def number(self, figure: Figure) -> Number | None:
+        """A figure; None where it was not measured."""
+        place = figure.key.replace(".", "/")
+        return number_in(self.report.figures, figure, f"{self.at}/{place}")
 
-    @property
-    def engine(self) -> str:
-        """What ran it."""
-        return str(self.found.value["engine"])
+    def interval(self, figure: Figure) -> tuple[Number, Number] | None:
+        """The ends of its 95 % interval; None where it has none."""
+        found = self.report.figures.get(figure)
+        if found is None or found.ci95 is None or not all(map(math.isfinite, found.ci95)):
+            return None
+        at = f"{self.at}/{figure.stem.replace('.', '/')}ci95"
+        low, high = found.ci95
+        return Number(low, f"{at}/0", figure.kind), Number(high, f"{at}/1", figure.kind)
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What is known to be wrong, and what it says otherwise than the checkpoint."""
+        """Known faults, and metadata that differs from the checkpoint's."""
         facts = (
-            f"{fact['name']} is {fact['found']}, the checkpoint's {fact['expected']}"
-            for fact in self.found.value.get("facts") or ()
+            f"{f.name} is {f.found}, the checkpoint's {f.expected}" for f in self.report.facts
         )
-        return (*map(str, self.found.value.get("warnings") or ()), *facts)
-
-    @property
-    def generation(self) -> Located | None:
-        """What it wrote, by decoding; None when it was not asked to."""
-        return self.found.get("generation")
-
-    @property
-    def local(self) -> Located | None:
-        """Routing from the reference's inputs; None when not measured."""
-        return self.found.get("routing", "local_exact_set")
-
-    @property
-    def format(self) -> str:
-        """Its container."""
-        return str(self.found.value["format"])
+        return (*self.report.warnings, *facts)
 
 
-def open_document(document: Mapping[str, Any]) -> Located:
-    """The document, with null for what JSON has no number for."""
-    return Located(_without_infinities(document))
-
-
-def _without_infinities(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {str(key): _without_infinities(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_infinities(v) for v in value]
-    return value
-
-
-def list_builds(at: Located) -> tuple[Build, ...]:
-    """The builds of a document, those of one path after each other."""
-    found = list(at["builds"])
-    names = [_name_of(str(b.value["path"])) for b in found]
-    labels = [f"{b.value['format']} · {b.value['engine']}" for b in found]
-    builds = [
-        Build(label if labels.count(label) == 1 else f"{name} · {b.value['engine']}", name, b, m)
-        for label, name, b, m in zip(
-            labels, names, found, (_missed(at, b) for b in found), strict=True
+def list_misses(report: Report) -> tuple[Miss, ...]:
+    """All failures of a report."""
+    found = []
+    for index, failure in enumerate(report.failures):
+        numbers = (
+            number(value, f"/failures/{index}/{key}", failure.kind or "number")
+            for key, value in (("found", failure.found), ("limit", failure.limit))
         )
-    ]
+        found.append(Miss(failure, *(n if n.value is not None else None for n in numbers)))
+    return tuple(found)
+
+
+def list_rows(report: Report) -> tuple[Row, ...]:
+    """The builds of a report, those of one path after each other."""
+    builds, misses = report.builds, list_misses(report)
+    labels = [f"{b.format} · {b.engine}" for b in builds]
+    rows = []
+    for index, (build, label) in enumerate(zip(builds, labels, strict=True)):
+        name = _name_of(build.path)
+        missed: dict[str, Miss] = {}
+        for miss in misses:
+            if (miss.failure.path, miss.failure.engine) == (build.path, build.engine):
+                missed.setdefault(miss.failure.figure, miss)
+        unique = label if labels.count(label) == 1 else f"{name} · {build.engine}"
+        rows.append(Row(unique, name, f"/builds/{index}", build, missed))
     order = list(dict.fromkeys(b.path for b in builds))
-    return tuple(sorted(builds, key=lambda b: order.index(b.path)))
+    return tuple(sorted(rows, key=lambda row: order.index(row.report.path)))
 
 
-def list_warnings(builds: Iterable[Build]) -> list[tuple[str, str]]:
+def list_warnings(rows: Iterable[Row]) -> list[tuple[str, str]]:
     """Build and line, each once however many engines the build ran in."""
-    return list(dict.fromkeys((b.name, line) for b in builds for line in b.warnings))
+    return list(dict.fromkeys((row.name, line) for row in rows for line in row.warnings))
 
 
 def _name_of(path: str) -> str:
     return path.replace("\\", "/").rstrip("/").rpartition("/")[2] or path
-
-
-def _missed(at: Located, build: Located) -> dict[str, Located]:
-    """Failures of a build, the first of each figure; those that name no engine are of all."""
-    found: dict[str, Located] = {}
-    for failure in at["failures"]:
-        engine = failure.value.get("engine")
-        if failure.value["path"] == build.value["path"] and engine in (
-            None,
-            build.value["engine"],
-        ):
-            found.setdefault(str(failure.value["figure"]), failure)
-    return found
 
 
 def shown(text: Any) -> str:
