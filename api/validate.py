@@ -94,9 +94,9 @@ def validate(
     job = _Job(opened(checkpoint), paths_of(builds), chosen, gate.with_limits(**limits), execution)
     report = _measure(job, engines_of(engine), asked, by_layer=by_layer)
     if page is not None:
-        write_report(page, render_page(report.to_json()))
+        write_report(page, render_page(report))
     if table is not None:
-        write_report(table, render_markdown(report.to_json()))
+        write_report(table, render_markdown(report))
     return report
 
 
@@ -124,6 +124,7 @@ def _measure(
         windows = job.text.evaluation_windows(job.source)
         sequence = windows.ids.shape[1]
         job.thresholds.check_text(windows.text_sha256, windows.tokens, sequence)
+        job.thresholds.check_experts(bool(job.source.config.moe_layers))
         written = {} if tasks is None else _generate(job, tasks)
         report = measure_builds(
             job.source,
@@ -137,7 +138,7 @@ def _measure(
     for build in report.builds:
         for line in build.warnings:
             job.execution.tell(f"warning: {build.path}: {line}")
-    return replace(report, failures=judge(report.to_json(), job.thresholds))
+    return replace(report, failures=judge(report, job.thresholds))
 
 
 def _generate(job: _Job, tasks: Tasks) -> dict[Path, Generation]:

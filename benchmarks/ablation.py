@@ -19,8 +19,9 @@ from lfmq.converter.model.forward import Model
 from lfmq.converter.model.text import Windows, load_windows
 from lfmq.converter.plan.recipe import Recipe, load_recipe
 from lfmq.converter.quantize.settings import Settings
+from lfmq.validation.measure.figures import KLD, ROUTING
 from lfmq.validation.measure.runs import Comparison, Reference, compare_model, run_reference
-from lfmq.validation.measure.summaries import summarize_scores
+from lfmq.validation.measure.summaries import measure_figures
 
 SEQUENCE = 256
 PROSE = ("ar", "de", "en", "es", "fr", "it", "ja", "pt", "zh")
@@ -109,8 +110,8 @@ def compare(sample: Checkpoint, reference: Reference, weights: Weights) -> Compa
 
 def figures_of(run: Comparison) -> tuple[str, str]:
     """Mean KLD and routing."""
-    kld = summarize_scores(run.scores).kld.mean
-    return f"{kld:.6f}", f"{run.routing.exact_set:.4f}"
+    found = measure_figures(run)
+    return f"{found[KLD].value:.6f}", f"{found[ROUTING].value:.4f}"
 
 
 def transfer(sample: Checkpoint, tokens: int) -> Table:

@@ -43,8 +43,9 @@ from lfmq.quant.types import (
     Weight,
     dequantize,
 )
+from lfmq.validation.measure.figures import KLD, PERPLEXITY_RATIO, ROUTING, TOP1
 from lfmq.validation.measure.runs import Reference, compare_model, run_reference
-from lfmq.validation.measure.summaries import summarize_scores
+from lfmq.validation.measure.summaries import measure_figures
 
 Weights = dict[str, np.ndarray]
 Q = GGMLQuantizationType
@@ -246,7 +247,7 @@ def mlx_affine(
 def judge(reference: Reference, config: ModelConfig, made: Made) -> dict[str, Any]:
     """The figures of a build."""
     compared = compare_model(reference, Model(config, lambda name: made.weights[name]))
-    found, routing = summarize_scores(compared.scores), compared.routing
+    found, routing = measure_figures(compared), compared.routing
     tensors = expected_tensors(config)
     experts = sum(made.nbytes[t.name] for t in tensors if t.expert is not None)
     nbytes = sum(made.nbytes.values())
@@ -255,12 +256,12 @@ def judge(reference: Reference, config: ModelConfig, made: Made) -> dict[str, An
         "bytes": round(nbytes),
         "token_bytes": round(nbytes - idle * experts),
         "bits_per_weight": 8 * nbytes / sum(t.size for t in tensors),
-        "kld_mean": found.kld.mean,
-        "kld_stderr": found.kld.stderr,
-        "perplexity_ratio": found.perplexity_ratio,
-        "top1_agreement": found.top1_agreement,
-        "routing_exact_set": routing.exact_set,
-        "routing_by_layer": [layer.exact_set for layer in routing.layers],
+        "kld_mean": found[KLD].value,
+        "kld_stderr": found[KLD].stderr,
+        "perplexity_ratio": found[PERPLEXITY_RATIO].value,
+        "top1_agreement": found[TOP1].value,
+        "routing_exact_set": found[ROUTING].value,
+        "routing_by_layer": [layer.exact_set for layer in routing.layers] if routing else [],
     }
 
 

@@ -25,6 +25,7 @@ from lfmq.converter.statistics.collect import collect
 from lfmq.converter.statistics.statistics import Statistics
 from lfmq.formats.registry import FORMATS
 from lfmq.validation.measure.compare import differences
+from lfmq.validation.measure.figures import KLD
 from lfmq.validation.measure.runs import Comparison, run_reference
 
 # Of the experts' weights at 8 bits.
@@ -68,7 +69,7 @@ def compared(runs: dict[tuple[str, str], Comparison]) -> Table:
     for (share, name), run in runs.items():
         finest = runs.get((share, _FINEST))
         if finest is not None and finest is not run:
-            found = next(d for d in differences(run, finest) if d.figure == "kld.mean")
+            found = next(d for d in differences(run, finest) if d.figure is KLD)
             low, high = found.interval.low, found.interval.high
             table.add_row(share, name, f"{found.difference:+.6f}", f"{low:+.6f} to {high:+.6f}")
     return table

@@ -44,6 +44,6 @@ def compare(checkpoint: str, a: Path, b: Path, common: Common, **options: Any) -
     print_tables(differences_table(found))
     top = found.top1
     click.echo(
-        f"the reference's most likely token: {top.only_a} positions only A, {top.only_b} only B, "
-        f"McNemar p = {top.p:.3g}"
+        f"positions where one build alone has the reference's most likely token: A {top.only_a}, "
+        f"B {top.only_b}; McNemar's p = {top.p:.3g}"
     )

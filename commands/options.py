@@ -19,6 +19,7 @@ from lfmq.converter.jobs.execution import (
 )
 from lfmq.converter.plan.builtin import DEFAULT_RECIPE, builtin_recipes
 from lfmq.formats.registry import FORMATS
+from lfmq.validation.gate.thresholds import LIMITS, sense_of
 
 if TYPE_CHECKING:
     from lfmq.converter.checkpoint.checkpoint import Checkpoint
@@ -201,31 +202,28 @@ task_options = _together(
         help="Maximum number of tokens in an answer.",
     ),
 )
-gate_options = _together(
-    click.option(
+
+
+def gate_options(command: Command) -> Command:
+    """A file of limits, and an option for each limit in the table of figures."""
+    options = [
+        click.option(
+            f"--{key.replace('_', '-')}",
+            type=float,
+            help=f"{'Maximum' if sense_of(key) == 'max' else 'Minimum'} {figure.heading}.",
+        )
+        for key, figure in LIMITS.items()
+    ]
+    thresholds = click.option(
         "--thresholds",
         type=click.Path(path_type=Path),
         metavar="FILE",
         help="TOML file of limits. The options below replace its limits.",
-    ),
-    click.option("--max-kld", type=float, help="Maximum mean KL divergence, in nats per token."),
-    click.option("--max-perplexity-ratio", type=float, help="Maximum perplexity ratio."),
-    click.option(
-        "--min-top1",
-        type=float,
-        help="Minimum share of positions with the same most likely token.",
-    ),
-    click.option(
-        "--min-routing",
-        type=float,
-        help="Minimum share of (token, layer) pairs with the same set of experts.",
-    ),
-    click.option(
-        "--min-local-routing",
-        type=float,
-        help="The same share where every router reads the reference's hidden states.",
-    ),
-)
+    )
+    decorated: Command = _together(thresholds, *options)(command)
+    return decorated
+
+
 cluster_option = click.option(
     "--cluster",
     metavar="ADDRESS",

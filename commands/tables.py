@@ -6,43 +6,42 @@ from pathlib import Path
 from lfmq.commands.console import Table
 from lfmq.commands.console import make_table as _table
 from lfmq.validation.measure.compare import PairedReport
-from lfmq.validation.measure.report import Report
+from lfmq.validation.measure.figures import Estimates, Figure
+from lfmq.validation.measure.report import Report, columns_of
+from lfmq.validation.pages.numbers import format_figure
 
 
 def report_table(report: Report) -> Table:
     """Every build in every engine against the reference, the noise floor last."""
+    figures = columns_of(report)
     rows = [
         (
             Path(b.path).name,
             b.engine,
             f"{b.bits_per_weight:.3f}",
-            f"{b.overall.perplexity_ratio:.5f}",
-            _with_error(b.overall.kld.mean, b.overall.kld.stderr),
-            f"{b.overall.top1_agreement:.4f}",
-            f"{b.routing.exact_set:.4f}",
-            "" if b.routing.local_exact_set is None else f"{b.routing.local_exact_set:.4f}",
+            *(_measured(figure, b.figures) for figure in figures),
         )
         for b in report.builds
     ]
-    n = report.noise_floor
-    rows.append(
-        (
-            "noise floor",
-            "bfloat16",
-            "",
-            f"{n.perplexity_ratio:.5f}",
-            _with_error(n.kld_mean, n.kld_stderr),
-            f"{n.top1_agreement:.4f}",
-            f"{n.routing_exact_set:.4f}",
-            "",
-        )
-    )
+    floor = (_measured(figure, report.noise_floor.figures) for figure in figures)
+    rows.append(("noise floor", "bfloat16", "", *floor))
     title = (
         f"{report.checkpoint}: {report.tokens_scored:,} tokens scored, "
         f"reference perplexity {report.reference_perplexity:.3f}"
     )
-    columns = ("build", "engine", "bits/weight", "ppl ratio", "mean KLD")
-    return _table(title, (*columns, "top-1", "routing", "local"), rows)
+    columns = ("build", "engine", "bits/weight", *(figure.title for figure in figures))
+    return _table(title, columns, rows)
+
+
+def _measured(figure: Figure, found: Estimates) -> str:
+    """A figure; where it is the error of windows, with its standard error."""
+    if figure not in found:
+        return ""
+    estimate = found[figure]
+    text = format_figure(estimate.value, figure.kind)
+    if not figure.stderr_of_windows or estimate.stderr is None or math.isnan(estimate.stderr):
+        return text
+    return f"{text} ± {format_figure(estimate.stderr, figure.kind)}"
 
 
 def differences_table(report: PairedReport) -> Table:
@@ -50,7 +49,7 @@ def differences_table(report: PairedReport) -> Table:
     verdicts = {"a": "A better", "b": "B better", None: "no difference shown"}
     rows = [
         (
-            d.figure,
+            d.figure.title,
             f"{d.a:.6f}",
             f"{d.b:.6f}",
             f"{d.difference:+.6f}",
@@ -64,8 +63,3 @@ def differences_table(report: PairedReport) -> Table:
     a, b = report.a, report.b
     title = f"A {a.path} ({a.engine}), B {b.path} ({b.engine}): {report.tokens_scored:,} tokens"
     return _table(title, ("figure", "A", "B", "B - A", "95 %", "verdict"), rows)
-
-
-def _with_error(value: float, error: float) -> str:
-    """A single window has no standard error."""
-    return f"{value:.6f}" if math.isnan(error) else f"{value:.6f} ± {error:.6f}"

@@ -20,7 +20,7 @@ from lfmq.converter.plan.plan import resolve_plan
 from lfmq.converter.plan.recipe import load_recipe
 from lfmq.converter.run.convert import convert
 from lfmq.formats.registry import FORMATS
-from lfmq.tests.validation.documents import document, make_document  # noqa: F401 - fixtures
+from lfmq.tests.validation.reports import make_report, report  # noqa: F401 - fixtures
 from lfmq.validation.engines.protocol import EngineRequest, WindowRun
 from lfmq.validation.measure.predictions import scored_positions
 

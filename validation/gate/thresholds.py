@@ -9,41 +9,29 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lfmq.quant.errors import ValidationError
+from lfmq.validation.measure.figures import (
+    FIGURES,
+    GENERATION_FIGURES,
+    KLD,
+    ROUTING,
+    figures_of,
+    limits_of,
+)
 
 Document = Mapping[str, Any]
 _Sense = Literal["max", "min"]
 
-# Each limit's figure: a place in a build's JSON.
-FIGURES = {
-    "max_kld": "kld.mean",
-    "max_kld_p99": "kld.p99",
-    "max_perplexity_ratio": "perplexity_ratio",
-    "min_top1": "top1_agreement",
-    "min_routing": "routing.exact_set",
-    "min_local_routing": "routing.local_exact_set",
-}
-DOMAIN_FIGURES = {
-    "max_kld": "kld_mean",
-    "max_perplexity_ratio": "perplexity_ratio",
-    "min_top1": "top1_agreement",
-    "min_routing": "routing_exact_set",
-}
-GENERATION_FIGURES = {
-    "min_answers": "answers.accuracy",
-    "min_tool_valid": "tools.valid",
-    "min_tool_function": "tools.right_function",
-    "min_tool_arguments": "tools.right_arguments",
-    "min_same_text": "same_text",
-    "min_length_ratio": "length_ratio",
-    "max_length_ratio": "length_ratio",
-    "max_capped": "capped",
-    "max_looped": "looped",
-    "max_repeat": "longest_repeat.max",
-    "max_mean_repeat": "longest_repeat.mean",
-}
+# The figure of each limit.
+LIMITS = limits_of(FIGURES)
+DOMAIN_LIMITS = limits_of(figures_of("domain"))
+GENERATION_LIMITS = limits_of(GENERATION_FIGURES)
 # Limits that depend on another figure of the same report.
-RELATIVE = ("max_kld_over_floor", "max_routing_below_floor", "max_routing_below_read")
-_LIMITS = (*FIGURES, *RELATIVE)
+RELATIVE = {
+    "max_kld_over_floor": KLD,
+    "max_routing_below_floor": ROUTING,
+    "max_routing_below_read": ROUTING,
+}
+_ALL = LIMITS | RELATIVE
 _TOLERANCE = 2.0
 
 
@@ -52,9 +40,9 @@ class Thresholds:
     """What every build must reach.
 
     Attributes:
-        limits: keys of ``FIGURES`` and ``RELATIVE``.
-        domains: by domain, keys of ``DOMAIN_FIGURES``.
-        generation: keys of ``GENERATION_FIGURES``.
+        limits: keys of ``LIMITS`` and ``RELATIVE``.
+        domains: by domain, keys of ``DOMAIN_LIMITS``.
+        generation: keys of ``GENERATION_LIMITS``.
         baseline: the document of ``lfmq validate --json`` that no figure may be worse than.
         baseline_path: where it was read from.
         tolerance: standard errors a figure may be worse than the baseline's.
@@ -69,11 +57,29 @@ class Thresholds:
 
     def with_limits(self, **given: float | None) -> "Thresholds":
         """The same with some limits replaced; None leaves one as it was."""
-        unknown = given.keys() - set(_LIMITS)
+        unknown = given.keys() - set(_ALL)
         if unknown:
             raise TypeError(f"no such limits: {sorted(unknown)}")
         stated = {key: value for key, value in given.items() if value is not None}
         return replace(self, limits={**self.limits, **stated})
+
+    def check_experts(self, experts: bool) -> None:
+        """Refuse limits on routing for a model without experts.
+
+        Args:
+            experts: whether the model has any.
+
+        Raises:
+            ValidationError: there is such a limit.
+        """
+        stated = [("", self.limits), *((f"[domains.{d}] ", t) for d, t in self.domains.items())]
+        for where, limits in stated:
+            for key in limits:
+                if not experts and _ALL[key].routing:
+                    raise ValidationError(
+                        f"{where}{key} limits the {_ALL[key].title}, and the model has no "
+                        "experts to route to; leave the limit out for a dense model"
+                    )
 
     def check_text(self, text_sha256: str, tokens: int, sequence: int) -> None:
         """Refuse a baseline of other tokens before anything is run.
@@ -116,9 +122,9 @@ def load_thresholds(path: Path) -> Thresholds:
         )
     where = _baseline_path(path, document.get("baseline"))
     return Thresholds(
-        _numbers(path, "limits", document.get("limits", {}), _LIMITS),
-        {d: _numbers(path, f"domains.{d}", t, DOMAIN_FIGURES) for d, t in domains.items()},
-        _numbers(path, "generation", document.get("generation", {}), GENERATION_FIGURES),
+        _numbers(path, "limits", document.get("limits", {}), _ALL),
+        {d: _numbers(path, f"domains.{d}", t, DOMAIN_LIMITS) for d, t in domains.items()},
+        _numbers(path, "generation", document.get("generation", {}), GENERATION_LIMITS),
         None if where is None else _read_baseline(where),
         where,
         float(tolerance),

@@ -12,6 +12,7 @@ from lfmq.formats.build import Reader
 from lfmq.formats.registry import FORMATS, build_nbytes, detect_format
 from lfmq.quant.errors import ValidationError
 from lfmq.validation.engines.child_process import NATIVE, load_engine, native_version
+from lfmq.validation.engines.installed import build_warnings
 from lfmq.validation.measure.metadata import Fact, differing_facts
 from lfmq.validation.measure.runs import (
     Comparison,
@@ -45,7 +46,8 @@ class EngineBuild:
         native: run in the format's own runtime, not the reference forward.
         engine: the runtime's name, or ``read``.
         engine_version: of the runtime, or of lfmq and torch.
-        facts: what it says otherwise than the checkpoint.
+        facts: metadata that differs from the checkpoint's.
+        warnings: known faults of the installed runtimes and of its tokenizer.
     """
 
     path: Path
@@ -55,6 +57,7 @@ class EngineBuild:
     engine: str
     engine_version: str
     facts: tuple[Fact, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -105,11 +108,7 @@ def open_builds(
         ValidationError: a build cannot be read or is of another model, or a runtime is missing.
     """
     return [
-        _open(path, reader, format, engine, facts)
-        for path in paths
-        for format, reader in [_read(path, checkpoint)]
-        for facts in [differing_facts(path, format, reader.config, checkpoint)]
-        for engine in dict.fromkeys(engines)
+        build for path in paths for build in _open(path, tuple(dict.fromkeys(engines)), checkpoint)
     ]
 
 
@@ -126,11 +125,19 @@ def _read(path: Path, checkpoint: Checkpoint) -> tuple[str, Reader]:
     return format, reader
 
 
-def _open(
-    path: Path, reader: Reader, format: str, engine: Engine, facts: tuple[Fact, ...]
-) -> EngineBuild:
-    if engine == "read":
-        own = f"lfmq {version('lfmq')}, torch {version('torch')}"
-        return EngineBuild(path, format, reader, False, "read", own, facts)
-    name = load_engine(NATIVE[format]).NAME
-    return EngineBuild(path, format, reader, True, name, native_version(format), facts)
+def _open(path: Path, engines: tuple[Engine, ...], checkpoint: Checkpoint) -> list[EngineBuild]:
+    """One build in every engine."""
+    format, reader = _read(path, checkpoint)
+    facts = differing_facts(path, format, reader.config, checkpoint)
+    warnings = build_warnings(path, format, checkpoint.assets)
+    return [
+        EngineBuild(path, format, reader, native, *_engine(format, native), facts, warnings)
+        for native in (engine == "native" for engine in engines)
+    ]
+
+
+def _engine(format: str, native: bool) -> tuple[str, str]:
+    """Name and version of what runs it."""
+    if native:
+        return load_engine(NATIVE[format]).NAME, native_version(format)
+    return "read", f"lfmq {version('lfmq')}, torch {version('torch')}"

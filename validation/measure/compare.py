@@ -6,20 +6,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lfmq.converter.checkpoint.checkpoint import Checkpoint
 from lfmq.converter.jobs.execution import Execution
 from lfmq.converter.model.forward import Model
 from lfmq.converter.model.text import Windows
 from lfmq.validation.measure.builds import Engine, EngineBuild, open_builds
+from lfmq.validation.measure.figures import FIGURES, Figure, Values
 from lfmq.validation.measure.report import Conditions, without_nan
 from lfmq.validation.measure.runs import Comparison, run_reference
 from lfmq.validation.measure.significance import Interval, bootstrap, mcnemar
 from lfmq.validation.measure.validate import conditions_of
 
 Better = Literal["a", "b"]
-_Values = NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,20 +26,18 @@ class Difference:
     """One figure of two builds.
 
     Attributes:
-        figure: its place in the JSON of ``lfmq validate``.
+        figure: which.
         a: of the first build.
         b: of the second build.
         difference: b less a.
         interval: of the difference, from a bootstrap over windows of both at once.
-        less_is_better: which way is nearer to the reference.
     """
 
-    figure: str
+    figure: Figure
     a: float
     b: float
     difference: float
     interval: Interval
-    less_is_better: bool
 
     @property
     def equal(self) -> bool:
@@ -52,13 +49,13 @@ class Difference:
         """The build the interval shows to be better; None when it holds zero, or is unknown."""
         if not self.interval.excludes(0.0):
             return None
-        return "b" if (self.difference < 0) == self.less_is_better else "a"
+        return "b" if (self.difference < 0) == self.figure.less_is_better else "a"
 
     def to_json(self) -> dict[str, Any]:
         """The object of ``figures``."""
         low, high = self.interval.low, self.interval.high
         return {
-            "figure": self.figure,
+            "figure": self.figure.key,
             "a": self.a,
             "b": self.b,
             "difference": self.difference,
@@ -160,28 +157,19 @@ def compare(
 
 
 def differences(a: Comparison, b: Comparison) -> tuple[Difference, ...]:
-    """Every figure of two runs beside the same reference."""
-    return (
-        _difference("kld.mean", a.scores.kld, b.scores.kld, less_is_better=True),
-        _difference("perplexity", a.scores.nll, b.scores.nll, less_is_better=True, of=np.exp),
-        _difference("top1_agreement", a.scores.same_top, b.scores.same_top, less_is_better=False),
-        _difference("routing.exact_set", a.same_sets, b.same_sets, less_is_better=False),
-    )
+    """Every compared figure that both runs beside the same reference have."""
+    found = []
+    for figure in FIGURES:
+        if not figure.compared or figure.mean is None:
+            continue
+        values = figure.mean.values(a), figure.mean.values(b)
+        if values[0] is not None and values[1] is not None:
+            found.append(_difference(figure, figure.mean.transform, values[0], values[1]))
+    return tuple(found)
 
 
-def _same(values: _Values) -> _Values:
-    return values
-
-
-def _difference(
-    figure: str,
-    a: _Values,
-    b: _Values,
-    *,
-    less_is_better: bool,
-    of: Callable[[_Values], _Values] = _same,
-) -> Difference:
+def _difference(figure: Figure, of: Callable[[Any], Any], a: Values, b: Values) -> Difference:
     """The difference of ``of`` the means of [W, P] values."""
     means = [float(of(np.asarray(v, np.float64).mean())) for v in (a, b)]
     interval = bootstrap(a, b, transform=lambda p, q: of(q) - of(p))
-    return Difference(figure, means[0], means[1], means[1] - means[0], interval, less_is_better)
+    return Difference(figure, means[0], means[1], means[1] - means[0], interval)

@@ -45,15 +45,6 @@ class PositionScores:
     kld: NDArray[np.float64]
     same_top: NDArray[np.bool_]
 
-    def of(self, windows: NDArray[np.bool_], positions: slice = slice(None)) -> "PositionScores":
-        """The scores of some windows and positions."""
-        return PositionScores(
-            self.reference_nll[windows, positions],
-            self.nll[windows, positions],
-            self.kld[windows, positions],
-            self.same_top[windows, positions],
-        )
-
 
 def scored_positions(sequence: int) -> slice:
     """The second half of a window without its last position, whose next token is unknown."""

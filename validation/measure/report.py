@@ -5,23 +5,18 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lfmq.validation.measure.figures import (
+    FIGURES,
+    LOCAL_ROUTING,
+    ROUTING,
+    Estimate,
+    Estimates,
+    Figure,
+    Kind,
+)
+from lfmq.validation.measure.generation import GenerationFigures
 from lfmq.validation.measure.metadata import Fact
 from lfmq.validation.measure.routing import RoutingAgreement
-from lfmq.validation.measure.significance import Interval
-
-# What a generation check found, as docs/validation.md describes the key "generation".
-Generation = Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Divergence:
-    """Distribution of the KL divergence over scored positions, nats."""
-
-    mean: float
-    stderr: float
-    median: float
-    p99: float
-    max: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,42 +28,16 @@ class Histogram:
 
 
 @dataclass(frozen=True, slots=True)
-class Agreement:
-    """How one set of predictions compares with the reference's."""
-
-    perplexity: float
-    perplexity_ratio: float
-    kld: Divergence
-    top1_agreement: float
-
-
-@dataclass(frozen=True, slots=True)
-class DomainAgreement:
-    """A domain's predictions, and the share of its (token, layer) pairs with the same experts."""
-
-    predictions: Agreement
-    routing_exact_set: float
-
-
-@dataclass(frozen=True, slots=True)
 class PositionRange:
-    """Agreement at positions of the window from ``start`` to before ``stop``."""
+    """Figures at positions of the window from ``start`` to before ``stop``."""
 
     start: int
     stop: int
-    kld_mean: float
-    top1_agreement: float
-    routing_exact_set: float
+    figures: Estimates
 
-
-@dataclass(frozen=True, slots=True)
-class Certainty:
-    """Intervals of a build's figures, from a bootstrap over windows."""
-
-    kld: Interval
-    perplexity_ratio: Interval
-    top1: Interval
-    routing: Interval
+    def to_json(self) -> dict[str, Any]:
+        """An object of ``positions``."""
+        return {"from": self.start, "to": self.stop, **_flat(self.figures)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +84,7 @@ class Attribution:
         return {
             "embedding_kld": self.embedding_kld,
             "layers_kld": [asdict(layer) for layer in self.layers],
-            "experts": [asdict(expert) for expert in self.experts],
+            **({"experts": [asdict(e) for e in self.experts]} if self.experts else {}),
         }
 
 
@@ -130,16 +99,15 @@ class BuildReport:
         engine_version: of the engine.
         nbytes: size of all its files.
         bits_per_weight: of all its files.
-        overall: over all scored positions.
-        certainty: intervals of ``overall`` and of routing.
+        figures: over all scored positions.
         histogram: of the KL divergence, decimal logarithm of nats.
-        routing: of experts.
+        routing: by layer and by margin; None for a model without experts.
         domains: by domain of the text.
         positions: by place in the window.
-        facts: what the build says otherwise than the checkpoint.
+        facts: metadata that differs from the checkpoint's.
         attribution: by layer and expert, if it was asked for.
-        generation: what generation checks found, if they ran.
-        warnings: what is known to be wrong with the engine.
+        generation: what generation checks found by mode, if they ran.
+        warnings: known faults of the engine.
     """
 
     path: str
@@ -148,41 +116,47 @@ class BuildReport:
     engine_version: str
     nbytes: int
     bits_per_weight: float
-    overall: Agreement
-    certainty: Certainty
+    figures: Estimates
     histogram: Histogram
-    routing: RoutingAgreement
-    domains: Mapping[str, DomainAgreement]
+    routing: RoutingAgreement | None
+    domains: Mapping[str, Estimates]
     positions: tuple[PositionRange, ...]
     facts: tuple[Fact, ...] = ()
     attribution: Attribution | None = None
-    generation: Generation | None = None
+    generation: Mapping[str, GenerationFigures] | None = None
     warnings: tuple[str, ...] = ()
+
+    def value(self, figure: Figure) -> float | None:
+        """A figure over all positions; None if it was not measured or is not a number."""
+        return value_in(self.figures, figure)
 
     def to_json(self) -> dict[str, Any]:
         """The object of ``builds`` in ``lfmq validate --json``."""
-        found, sure = self.overall, self.certainty
-        kld = asdict(found.kld) | {"ci95": _ends(sure.kld), "histogram": asdict(self.histogram)}
-        return {
+        document: dict[str, Any] = {
             "path": self.path,
             "format": self.format,
             "engine": self.engine,
             "engine_version": self.engine_version,
             "bytes": self.nbytes,
             "bits_per_weight": self.bits_per_weight,
-            "perplexity": found.perplexity,
-            "perplexity_ratio": found.perplexity_ratio,
-            "perplexity_ratio_stderr": sure.perplexity_ratio.stderr,
-            "perplexity_ratio_ci95": _ends(sure.perplexity_ratio),
-            "kld": kld,
-            "top1_agreement": found.top1_agreement,
-            "top1_stderr": sure.top1.stderr,
-            "top1_ci95": _ends(sure.top1),
-            "routing": _routing_json(self.routing, sure.routing),
-            "domains": {domain: _domain_json(d) for domain, d in self.domains.items()},
-            "positions": [_position_json(p) for p in self.positions],
+        }
+        if self.routing is not None:  # null, not absent, for an engine that does not measure it
+            _put(document, LOCAL_ROUTING.key, None)
+        for figure, found in self.figures.items():
+            _put(document, figure.key, found.value)
+            if figure.stem:
+                _put(document, f"{figure.stem}stderr", found.stderr)
+                _put(document, f"{figure.stem}ci95", _ends(found))
+        _put(document, "kld.histogram", asdict(self.histogram))
+        if self.routing is not None:
+            document["routing"]["layers"] = [asdict(layer) for layer in self.routing.layers]
+            document["routing"]["margins"] = [asdict(margin) for margin in self.routing.margins]
+        generation = self.generation
+        return document | {
+            "domains": {domain: _flat(found) for domain, found in self.domains.items()},
+            "positions": [found.to_json() for found in self.positions],
             **(self.attribution.to_json() if self.attribution is not None else {}),
-            **({"generation": dict(self.generation)} if self.generation is not None else {}),
+            **({"generation": _modes(generation)} if generation is not None else {}),
             "facts": [asdict(fact) for fact in self.facts],
             "warnings": list(self.warnings),
         }
@@ -199,6 +173,8 @@ class Failure:
         found: the figure; None if it was not measured or is not a number.
         limit: what it was held to.
         why: what the limit is, in words.
+        title: the figure's name, its domain or mode included.
+        kind: how the figure is written; None for metadata.
     """
 
     path: str
@@ -207,11 +183,24 @@ class Failure:
     found: float | None
     limit: float | None
     why: str
+    title: str
+    kind: Kind | None
 
     def __str__(self) -> str:
         found = "not measured" if self.found is None else f"{self.found:.6g}"
         limit = "" if self.limit is None else f", limit {self.limit:.6g}"
-        return f"{self.path} ({self.engine}): {self.figure} is {found}{limit}: {self.why}"
+        return f"{self.path} ({self.engine}): {self.title} is {found}{limit}: {self.why}"
+
+    def to_json(self) -> dict[str, Any]:
+        """An object of ``failures``."""
+        return {
+            "path": self.path,
+            "engine": self.engine,
+            "figure": self.figure,
+            "found": self.found,
+            "limit": self.limit,
+            "why": self.why,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,36 +208,29 @@ class NoiseFloor:
     """The reference's own weights in bfloat16 arithmetic against float32.
 
     Attributes:
-        kld_mean: nats.
-        kld_stderr: its standard error, by window.
-        perplexity_ratio: over float32's.
-        top1_agreement: with float32.
-        routing_exact_set: with float32.
+        figures: those that domains have too, over all scored positions.
         domains: by domain of the text.
-        layers: ``routing_exact_set`` by layer.
+        layers: routing agreement by layer; empty for a model without experts.
         positions: by place in the window.
     """
 
-    kld_mean: float
-    kld_stderr: float
-    perplexity_ratio: float
-    top1_agreement: float
-    routing_exact_set: float
-    domains: Mapping[str, DomainAgreement]
+    figures: Estimates
+    domains: Mapping[str, Estimates]
     layers: Mapping[int, float]
     positions: tuple[PositionRange, ...]
 
+    def value(self, figure: Figure) -> float | None:
+        """A figure over all positions; None if it was not measured or is not a number."""
+        return value_in(self.figures, figure)
+
     def to_json(self) -> dict[str, Any]:
         """The object ``noise_floor``."""
+        layers = [{"layer": n, ROUTING.layer_key: share} for n, share in self.layers.items()]
         return {
-            "kld_mean": self.kld_mean,
-            "kld_stderr": self.kld_stderr,
-            "perplexity_ratio": self.perplexity_ratio,
-            "top1_agreement": self.top1_agreement,
-            "routing_exact_set": self.routing_exact_set,
-            "domains": {domain: _domain_json(d) for domain, d in self.domains.items()},
-            "layers": [{"layer": n, "exact_set": share} for n, share in self.layers.items()],
-            "positions": [_position_json(p) for p in self.positions],
+            **_flat(self.figures),
+            "domains": {domain: _flat(found) for domain, found in self.domains.items()},
+            **({"layers": layers} if layers else {}),
+            "positions": [found.to_json() for found in self.positions],
         }
 
 
@@ -293,7 +275,7 @@ class Report:
             "noise_floor": self.noise_floor.to_json(),
             "builds": [build.to_json() for build in self.builds],
             "passed": self.passed,
-            "failures": [asdict(failure) for failure in self.failures],
+            "failures": [failure.to_json() for failure in self.failures],
         }
         return {key: without_nan(value) for key, value in document.items()}
 
@@ -309,38 +291,43 @@ def without_nan(value: Any) -> Any:
     return value
 
 
-def _ends(interval: Interval) -> list[float] | None:
+def columns_of(report: Report) -> tuple[Figure, ...]:
+    """The figures of the parity tables: those that any build has."""
+    return tuple(
+        figure
+        for figure in FIGURES
+        if figure.in_tables and any(figure in build.figures for build in report.builds)
+    )
+
+
+def value_in(figures: Estimates, figure: Figure) -> float | None:
+    """A figure's value; None if it was not measured or is not a number."""
+    found = figures.get(figure)
+    return None if found is None or not math.isfinite(found.value) else found.value
+
+
+def _ends(found: Estimate) -> list[float] | None:
     """Null when there is one window only."""
-    return None if math.isnan(interval.low) else [interval.low, interval.high]
+    return None if found.ci95 is None or math.isnan(found.ci95[0]) else list(found.ci95)
 
 
-def _routing_json(routing: RoutingAgreement, interval: Interval) -> dict[str, Any]:
-    return {
-        "exact_set": routing.exact_set,
-        "stderr": interval.stderr,
-        "ci95": _ends(interval),
-        "jaccard": routing.jaccard,
-        "local_exact_set": routing.local_exact_set,
-        "layers": [asdict(layer) for layer in routing.layers],
-        "margins": [asdict(margin) for margin in routing.margins],
-    }
+def _put(document: dict[str, Any], key: str, value: Any) -> None:
+    """Set what is at a place such as ``kld.mean``."""
+    *parents, last = key.split(".")
+    for parent in parents:
+        document = document.setdefault(parent, {})
+    document[last] = value
 
 
-def _domain_json(found: DomainAgreement) -> dict[str, Any]:
-    return {
-        "perplexity_ratio": found.predictions.perplexity_ratio,
-        "kld_mean": found.predictions.kld.mean,
-        "kld_stderr": found.predictions.kld.stderr,
-        "top1_agreement": found.predictions.top1_agreement,
-        "routing_exact_set": found.routing_exact_set,
-    }
+def _flat(figures: Estimates) -> dict[str, Any]:
+    """Figures of a part of the positions, with the standard errors that are known."""
+    found: dict[str, Any] = {}
+    for figure, estimate in figures.items():
+        found[figure.flat_key] = estimate.value
+        if estimate.stderr is not None:
+            found[f"{figure.stem}stderr".replace(".", "_")] = estimate.stderr
+    return found
 
 
-def _position_json(found: PositionRange) -> dict[str, Any]:
-    return {
-        "from": found.start,
-        "to": found.stop,
-        "kld_mean": found.kld_mean,
-        "top1_agreement": found.top1_agreement,
-        "routing_exact_set": found.routing_exact_set,
-    }
+def _modes(generation: Mapping[str, GenerationFigures]) -> dict[str, Any]:
+    return {mode: found.to_json() for mode, found in generation.items()}

@@ -73,12 +73,12 @@ class RoutingAgreement:
     @property
     def exact_set(self) -> float:
         """Share of (token, layer) pairs with the reference's set of experts."""
-        return float(np.mean([r.exact_set for r in self.layers])) if self.layers else 1.0
+        return float(np.mean([r.exact_set for r in self.layers]))
 
     @property
     def jaccard(self) -> float:
         """Mean intersection over union of the two sets."""
-        return float(np.mean([r.jaccard for r in self.layers])) if self.layers else 1.0
+        return float(np.mean([r.jaccard for r in self.layers]))
 
     @property
     def local_exact_set(self) -> float | None:
@@ -117,8 +117,6 @@ def shared_experts(reference: NDArray[np.int64], build: NDArray[np.int64]) -> ND
 
 def same_sets(reference: Choices, build: Choices, shape: tuple[int, ...]) -> NDArray[np.float64]:
     """Share of layers that chose the reference's set, at each position, ``shape`` [W, P]."""
-    if not reference.selected:
-        return np.ones(shape)
     total = np.zeros(shape)
     for layer, chosen in reference.selected.items():
         total += shared_experts(chosen, build.selected[layer]) == chosen.shape[-1]

@@ -69,13 +69,13 @@ class Comparison:
 
     Attributes:
         scores: of predictions.
-        routing: of experts, by layer and by margin.
-        same_sets: share of MoE layers with the reference's set of experts, [W, P].
+        routing: of experts, by layer and by margin; None for a model without experts.
+        same_sets: share of MoE layers with the reference's set of experts, [W, P]; None likewise.
     """
 
     scores: PositionScores
-    routing: RoutingAgreement
-    same_sets: NDArray[np.float64]
+    routing: RoutingAgreement | None
+    same_sets: NDArray[np.float64] | None
 
 
 class Recorder:
@@ -224,6 +224,8 @@ def _short(shapes: Mapping[int, tuple[int, ...]]) -> str:
 def _compare(
     reference: Reference, scores: PositionScores, choices: Choices, local: Mapping[int, float]
 ) -> Comparison:
+    if not reference.choices.selected:
+        return Comparison(scores, None, None)
     routing = compare_routing(reference.choices, choices, reference.num_experts, local)
     same = same_sets(reference.choices, choices, scores.kld.shape)
     return Comparison(scores, routing, same)

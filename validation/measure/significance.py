@@ -21,7 +21,7 @@ Transform = Callable[..., NDArray[np.float64]]
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A 95 % interval and a standard error, not numbers when there is one window only."""
+    """A 95 % interval and a standard error; not numbers for one window or without a bound."""
 
     low: float
     high: float
@@ -57,6 +57,8 @@ def bootstrap(*values: NDArray[Any], transform: Transform | None = None) -> Inte
     draws = _draws(len(means[0]))
     drawn = [draws @ m / len(m) for m in means]
     found = drawn[0] if transform is None else transform(*drawn)
+    if not np.isfinite(found).all():  # the perplexity of a broken build
+        return Interval(math.nan, math.nan, math.nan)
     low, high = np.quantile(found, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
     return Interval(float(low), float(high), float(found.std(ddof=1)))
 

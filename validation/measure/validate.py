@@ -26,11 +26,10 @@ from lfmq.validation.measure.runs import (
 )
 from lfmq.validation.measure.summaries import (
     histogram,
-    summarize_certainty,
-    summarize_domains,
-    summarize_floor,
-    summarize_positions,
-    summarize_scores,
+    measure_domains,
+    measure_figures,
+    measure_floor,
+    measure_positions,
 )
 
 
@@ -83,7 +82,7 @@ def validate(
         conditions=conditions_of(windows, threads, device),
         tokens_scored=int(floor.scores.kld.size),
         reference_perplexity=perplexity_of(reference, floor),
-        noise_floor=summarize_floor(floor, windows.domains, windows.ids.shape[1]),
+        noise_floor=measure_floor(floor, windows.domains, windows.ids.shape[1]),
         builds=tuple(reports),
     )
 
@@ -102,14 +101,14 @@ def report_build(
         engine_version=build.engine_version,
         nbytes=build.nbytes,
         bits_per_weight=build.bits_per_weight,
-        overall=summarize_scores(found.scores),
-        certainty=summarize_certainty(found),
+        figures=measure_figures(found),
         histogram=histogram(found.scores.kld),
         routing=found.routing,
-        domains=summarize_domains(found, windows.domains),
-        positions=summarize_positions(found, windows.ids.shape[1]),
+        domains=measure_domains(found, windows.domains),
+        positions=measure_positions(found, windows.ids.shape[1]),
         facts=build.facts,
         attribution=attribution,
+        warnings=build.warnings,
     )
 
 

@@ -1,8 +1,10 @@
-"""Which charts a document has, and the scales that charts side by side share."""
+"""Which charts a report has, and the scales that charts side by side share."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lfmq.validation.measure.figures import FIGURES, KLD, KLD_MEDIAN, KLD_P99, Figure
+from lfmq.validation.measure.report import Attribution, Report
 from lfmq.validation.pages.charts import (
     EMBEDDING,
     Forest,
@@ -15,8 +17,7 @@ from lfmq.validation.pages.charts import (
     layer_bars,
     scatter,
 )
-from lfmq.validation.pages.document import Build, Located
-from lfmq.validation.pages.numbers import FIGURES
+from lfmq.validation.pages.rows import Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,105 +25,97 @@ class Charts:
     """The drawings of a page; those of builds stand in the builds' order."""
 
     forests: tuple[Forest, ...]
-    heat_maps: tuple[tuple[Build, HeatMap], ...]
-    histograms: tuple[tuple[Build, Plot], ...]
-    layers: tuple[tuple[Build, Plot], ...]
-    experts: tuple[tuple[Build, Plot], ...]
+    heat_maps: tuple[tuple[Row, HeatMap], ...]
+    histograms: tuple[tuple[Row, Plot], ...]
+    layers: tuple[tuple[Row, Plot], ...]
+    experts: tuple[tuple[Row, Plot], ...]
 
 
-def draw(at: Located, builds: Sequence[Build]) -> Charts:
-    """All charts that the document has figures for."""
+def draw(report: Report, rows: Sequence[Row]) -> Charts:
+    """All charts that the report has figures for."""
     return Charts(
-        forests=_forests(at, builds),
-        heat_maps=tuple(
-            (b, chart)
-            for b in builds
-            if (chart := heat_map(b.found.value["routing"].get("layers", []))) is not None
+        forests=tuple(
+            drawn
+            for figure in FIGURES
+            if figure.stem and (drawn := _forest(report, rows, figure)) is not None
         ),
-        histograms=_histograms(at, builds),
-        layers=_layers(builds),
-        experts=_experts(builds),
+        heat_maps=tuple(
+            (row, chart)
+            for row in rows
+            if row.report.routing is not None
+            and (chart := heat_map(row.report.routing.layers)) is not None
+        ),
+        histograms=_histograms(report, rows),
+        layers=_layers(rows),
+        experts=_experts(rows),
     )
 
 
-# Title, figure, where its interval and its noise floor are; a ratio is compared with 1.
-_COMPARED = (
-    ("Mean KLD, nats, log scale", "kld.mean", ("kld", "ci95"), "kld_mean"),
-    ("Perplexity ratio", "perplexity_ratio", ("perplexity_ratio_ci95",), None),
-    ("Same top token", "top1_agreement", ("top1_ci95",), "top1_agreement"),
-    ("Same experts", "routing.exact_set", ("routing", "ci95"), "routing_exact_set"),
-)
+def _forest(report: Report, rows: Sequence[Row], figure: Figure) -> Forest | None:
+    """A figure of every build with its interval; a ratio is compared with 1."""
+    ratio, log = figure.kind == "ratio", figure.kind == "nats"
+    heading = f"{figure.heading[0].upper()}{figure.heading[1:]}"
+    return forest(
+        f"{heading}, log scale" if log else heading,
+        [_measured(row, figure) for row in rows],
+        figure.kind,
+        line=1.0 if ratio else report.noise_floor.value(figure),
+        line_label="no change" if ratio else "noise floor",
+        log=log,
+    )
 
 
-def _forests(at: Located, builds: Sequence[Build]) -> tuple[Forest, ...]:
-    found = []
-    for title, figure, interval, floor in _COMPARED:
-        _, kind = FIGURES[figure]
-        chart = forest(
-            title,
-            [_row(b, figure, interval) for b in builds],
-            kind,
-            line=1.0 if floor is None else at.number("noise_floor", floor),
-            line_label="no change" if floor is None else "noise floor",
-            log=figure == "kld.mean",
-        )
-        if chart is not None:
-            found.append(chart)
-    return tuple(found)
+def _measured(row: Row, figure: Figure) -> Measured:
+    ends = row.interval(figure)
+    low, high = (None, None) if ends is None else (ends[0].value, ends[1].value)
+    miss = row.missed.get(figure.key)
+    limit = None if miss is None or miss.limit is None else miss.limit.value
+    return Measured(row.label, row.report.value(figure), low, high, miss is not None, limit)
 
 
-def _row(build: Build, figure: str, interval: tuple[str, ...]) -> Measured:
-    ends = build.found.get(*interval)
-    low, high = ends.value if ends is not None else (None, None)
-    value, failure = build.found.number(*figure.split(".")), build.missed.get(figure)
-    limit = None if failure is None else failure.number("limit")
-    return Measured(build.label, value, low, high, failure is not None, limit)
-
-
-def _histograms(at: Located, builds: Sequence[Build]) -> tuple[tuple[Build, Plot], ...]:
-    shown = [
-        (b, h.value)
-        for b in builds
-        if (h := b.found.get("kld", "histogram")) and h.value["counts"]
-    ]
+def _histograms(report: Report, rows: Sequence[Row]) -> tuple[tuple[Row, Plot], ...]:
+    shown = [(row, h) for row in rows if sum((h := row.report.histogram).counts)]
     if not shown:
         return ()
-    highest = max(max(h["counts"]) / max(sum(h["counts"]), 1) for _, h in shown)
+    highest = max(max(h.counts) / sum(h.counts) for _, h in shown)
     filled = [
         (low, high)
         for _, h in shown
-        for low, high, count in zip(h["edges"], h["edges"][1:], h["counts"], strict=False)
+        for low, high, count in zip(h.edges, h.edges[1:], h.counts, strict=False)
         if count
     ]
-    if not filled:
-        return ()
     span = (min(low for low, _ in filled), max(high for _, high in filled))
-    floor = at.number("noise_floor", "kld_mean")
     found = []
-    for build, h in shown:
-        marks = [("noise floor, mean", "floor", floor)]
-        marks += [(key, key, build.found.number("kld", key)) for key in ("median", "mean", "p99")]
-        chart = histogram(h["edges"], h["counts"], marks, highest, span)
+    for row, h in shown:
+        marks = [("noise floor, mean", "floor", report.noise_floor.value(KLD))]
+        names = (("median", KLD_MEDIAN), ("mean", KLD), ("p99", KLD_P99))
+        marks += [(name, name, row.report.value(figure)) for name, figure in names]
+        chart = histogram(h.edges, h.counts, marks, highest, span)
         if chart is not None:
-            found.append((build, chart))
+            found.append((row, chart))
     return tuple(found)
 
 
-def _layers(builds: Sequence[Build]) -> tuple[tuple[Build, Plot], ...]:
-    shown = [(b, _parts(b)) for b in builds if b.found.get("layers_kld")]
-    highest = max((kld or 0 for _, parts in shown for _, kld in parts), default=0)
+def _attributions(rows: Sequence[Row]) -> list[tuple[Row, Attribution]]:
+    return [(row, found) for row in rows if (found := row.report.attribution) is not None]
+
+
+def _layers(rows: Sequence[Row]) -> tuple[tuple[Row, Plot], ...]:
+    shown = [
+        (
+            row,
+            [
+                (EMBEDDING, found.embedding_kld),
+                *((str(layer.layer), layer.kld_mean) for layer in found.layers),
+            ],
+        )
+        for row, found in _attributions(rows)
+    ]
+    highest = max((kld for _, parts in shown for _, kld in parts), default=0)
     return tuple((b, p) for b, parts in shown if (p := layer_bars(parts, highest)) is not None)
 
 
-def _parts(build: Build) -> list[tuple[str, float | None]]:
-    """The embedding, where it is known, and the layers."""
-    embedding = build.found.number("embedding_kld")
-    layers = build.found.value["layers_kld"]
-    parts = [(str(layer["layer"]), layer["kld_mean"]) for layer in layers]
-    return parts if embedding is None else [(EMBEDDING, embedding), *parts]
-
-
-def _experts(builds: Sequence[Build]) -> tuple[tuple[Build, Plot], ...]:
-    shown = [(b, e.value) for b in builds if (e := b.found.get("experts"))]
-    highest = max((v["error"] or 0 for _, e in shown for v in e), default=0)
-    return tuple((b, p) for b, e in shown if (p := scatter(e, highest)) is not None)
+def _experts(rows: Sequence[Row]) -> tuple[tuple[Row, Plot], ...]:
+    shown = _attributions(rows)
+    highest = max((e.error for _, found in shown for e in found.experts), default=0)
+    return tuple((b, p) for b, a in shown if (p := scatter(a.experts, highest)) is not None)

@@ -6,9 +6,11 @@ Every drawing is WIDTH units wide and made for that many pixels, so that it fits
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from lfmq.validation.pages.numbers import Kind, format_figure
+from lfmq.validation.measure.figures import Kind
+from lfmq.validation.measure.report import ExpertError
+from lfmq.validation.measure.routing import LayerRouting
+from lfmq.validation.pages.numbers import format_figure
 from lfmq.validation.pages.scales import Scale, Tick, scale_for, share_step
 
 WIDTH = 300
@@ -130,21 +132,21 @@ class HeatMap:
     columns: tuple[Tick, ...]
 
 
-def heat_map(layers: Sequence[dict[str, Any]]) -> HeatMap | None:
+def heat_map(layers: Sequence[LayerRouting]) -> HeatMap | None:
     """Of the tokens the reference sent to each expert, the share the build sent there too."""
-    drawn = [layer for layer in layers if layer.get("experts")]
+    drawn = [layer for layer in layers if layer.experts]
     if not drawn:
         return None
     left, right, top = 30, 44, 15
-    experts = max(len(layer["experts"]) for layer in drawn)
+    experts = max(len(layer.experts) for layer in drawn)
     width = round((WIDTH - left - right) / experts, 2)
     height = max(11.0, width)
     rows = tuple(
         HeatRow(
             round(top + i * height, 1),
-            str(layer["layer"]),
-            format_figure(layer["exact_set"], "share"),
-            tuple(_cell(layer, e, left + e * width) for e in range(len(layer["experts"]))),
+            str(layer.layer),
+            format_figure(layer.exact_set, "share"),
+            tuple(_cell(layer, e, left + e * width) for e in range(len(layer.experts))),
         )
         for i, layer in enumerate(drawn)
     )
@@ -156,12 +158,13 @@ def heat_map(layers: Sequence[dict[str, Any]]) -> HeatMap | None:
     return HeatMap(WIDTH, cell, top + len(drawn) * height, rows, columns)
 
 
-def _cell(layer: dict[str, Any], expert: int, x: float) -> Cell:
-    share = layer["experts"][expert]
-    title = f"layer {layer['layer']}, expert {expert}: {format_figure(share, 'share')}"
-    loads = [layer.get(key) for key in ("load", "reference_load")]
-    if all(loads):
-        own, reference = (format_figure(load[expert], "share") for load in loads if load)
+def _cell(layer: LayerRouting, expert: int, x: float) -> Cell:
+    share = layer.experts[expert]
+    title = f"layer {layer.layer}, expert {expert}: {format_figure(share, 'share')}"
+    if layer.load and layer.reference_load:
+        own, reference = (
+            format_figure(load[expert], "share") for load in (layer.load, layer.reference_load)
+        )
         title += f"; load {own}, reference {reference}"
     return Cell(round(x, 2), share_step(share), title)
 
@@ -291,21 +294,21 @@ def layer_bars(parts: Sequence[tuple[str, float | None]], highest: float) -> Plo
     return Plot(8 + _PLOT + 34, 8 + _PLOT, bars, ticks, y.ticks(4))
 
 
-def scatter(experts: Sequence[dict[str, Any]], highest: float) -> Plot | None:
+def scatter(experts: Sequence[ExpertError], highest: float) -> Plot | None:
     """Each expert's relative weight error over the tokens the reference sent to it."""
-    shown = [e for e in experts if e["error"] is not None]
-    x = scale_for([max(e["tokens"], 1) for e in shown], _LEFT + 8, _RIGHT - 4, log=True)
+    shown = [e for e in experts if math.isfinite(e.error)]
+    x = scale_for([max(e.tokens, 1) for e in shown], _LEFT + 8, _RIGHT - 4, log=True)
     if x is None or not highest > 0:
         return None
     y = Scale(0, highest * 1.05, 8 + _PLOT, 8)
     points = tuple(
         Bar(
-            x.place(max(e["tokens"], 1)),
-            y.place(e["error"]),
+            x.place(max(e.tokens, 1)),
+            y.place(e.error),
             0,
             0,
-            f"layer {e['layer']}, expert {e['expert']}: error "
-            f"{format_figure(e['error'], 'nats')}, {e['tokens']:,} tokens",
+            f"layer {e.layer}, expert {e.expert}: error "
+            f"{format_figure(e.error, 'nats')}, {e.tokens:,} tokens",
         )
         for e in shown
     )

@@ -1,128 +1,80 @@
 """The parity table as Markdown, for a model card or a release note."""
 
 import re
-from collections.abc import Mapping
 from typing import Any
 
-from lfmq.validation.pages.document import (
-    Build,
-    Located,
-    list_builds,
-    list_warnings,
-    open_document,
-    shown,
-)
-from lfmq.validation.pages.numbers import FIGURES, UNKNOWN, Kind, describe_figure, format_figure
+from lfmq.validation.measure.figures import Figure
+from lfmq.validation.measure.report import Report, columns_of
+from lfmq.validation.pages.numbers import format_figure
+from lfmq.validation.pages.rows import Miss, Row, list_misses, list_rows, list_warnings, shown
 
-_COLUMNS = (
-    "build",
-    "engine",
-    "bits/weight",
-    "perplexity ratio",
-    "mean KLD (nats)",
-    "same top token",
-    "same experts",
-)
-_LOCAL = "same experts, local"
 # What Markdown or HTML would take for its own.
 _SPECIAL = re.compile(r"([\\`*_\[\]<>#|~&])")
 
 
-def render_markdown(document: Mapping[str, Any]) -> str:
-    """A table of all builds and engines, the verdict and the conditions.
-
-    Args:
-        document: what ``lfmq validate --json`` prints.
-    """
-    at = open_document(document)
-    builds = list_builds(at)
-    local = any(build.local for build in builds)
-    header = (*_COLUMNS, _LOCAL) if local else _COLUMNS
-    lines = [_row(header), _row(("---", "---", *("---:",) * (len(header) - 2)))]
-    lines += [_row(_cells(build, local)) for build in builds]
-    lines.append(_row(_floor(at, local)))
-    lines += ["", _conditions(at), "", _verdict(at)]
-    warned = list_warnings(builds)
+def render_markdown(report: Report) -> str:
+    """A table of all builds and engines, the verdict and the conditions."""
+    rows, figures = list_rows(report), columns_of(report)
+    header = ("build", "engine", "bits/weight", *(figure.heading for figure in figures))
+    lines = [_line(header), _line(("---", "---", *("---:",) * (len(header) - 2)))]
+    lines += [_line(_cells(row, figures)) for row in rows]
+    floor = (format_figure(report.noise_floor.value(f), f.kind) for f in figures)
+    name = "noise floor: the reference in 16-bit arithmetic"
+    lines.append(_line((name, "", "", *floor)))
+    lines += ["", _conditions(report), "", _verdict(report)]
+    warned = list_warnings(rows)
     if warned:
-        lines += ["", "Known to be wrong here:", ""]
+        lines += ["", "Known faults:", ""]
         lines += [f"- {_plain(name)}: {_plain(line)}" for name, line in warned]
     return "\n".join(lines) + "\n"
 
 
-def _row(cells: tuple[str, ...]) -> str:
+def _line(cells: tuple[str, ...]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _cells(build: Build, local: bool) -> tuple[str, ...]:
-    found = build.found
-
-    def figure(keys: str, kind: Kind) -> str:
-        text = format_figure(found.number(*keys.split(".")), kind)
-        return f"**{text}** (missed)" if keys in build.missed else text
-
-    numbers = tuple(
-        figure(key, FIGURES[key][1])
-        for key in ("perplexity_ratio", "kld.mean", "top1_agreement", "routing.exact_set")
-    )
-    own = (figure("routing.local_exact_set", "share"),) if local else ()
-    bits = figure("bits_per_weight", "bits")
-    return (_plain(build.name), _plain(build.engine), bits, *numbers, *own)
+def _cells(row: Row, figures: tuple[Figure, ...]) -> tuple[str, ...]:
+    bits = format_figure(row.report.bits_per_weight, "bits")
+    cells = [_plain(row.name), _plain(row.report.engine), bits]
+    for figure in figures:
+        text = format_figure(row.report.value(figure), figure.kind)
+        cells.append(f"**{text}** (missed)" if figure.key in row.missed else text)
+    return tuple(cells)
 
 
-def _floor(at: Located, local: bool) -> tuple[str, ...]:
-    floor = at["noise_floor"]
-    numbers = (
-        format_figure(floor.number("kld_mean"), "nats"),
-        format_figure(floor.number("top1_agreement"), "share"),
-        format_figure(floor.number("routing_exact_set"), "share"),
-    )
-    own = (UNKNOWN,) if local else ()
-    ratio = floor.number("perplexity_ratio")
-    shown_ratio = "" if ratio is None else format_figure(ratio, "ratio")
-    name = "noise floor: the reference in 16-bit arithmetic"
-    return (name, "", "", shown_ratio, *numbers, *own)
-
-
-def _conditions(at: Located) -> str:
+def _conditions(report: Report) -> str:
     """Under what the figures were found, in one line."""
-    perplexity = format_figure(at["reference"].number("perplexity"), "perplexity")
+    found = report.conditions
+    engines = dict.fromkeys(b.engine_version for b in report.builds if b.engine != "read")
     parts = [
-        f"{format_figure(at['tokens_scored'].value, 'count')} positions of "
-        f"{_plain(at['checkpoint'].value)} (reference perplexity {perplexity})"
+        f"{format_figure(report.tokens_scored, 'count')} positions of "
+        f"{_plain(report.checkpoint)} (reference perplexity "
+        f"{format_figure(report.reference_perplexity, 'perplexity')})",
+        f"windows of {format_figure(found.sequence, 'count')} tokens",
+        f"text sha256 {_plain(found.text_sha256)}",
+        f"lfmq {_plain(found.lfmq)}",
+        f"torch {_plain(found.torch)}",
+        f"{found.threads} threads",
+        *map(_plain, engines),
     ]
-    conditions = at.get("conditions")
-    found = conditions.value if conditions is not None else {}
-    if "sequence" in found:
-        parts.append(f"windows of {format_figure(found['sequence'], 'count')} tokens")
-    text = found.get("text_sha256", at.value.get("text_sha256"))
-    if text:
-        parts.append(f"text sha256 {_plain(text)}")
-    parts += [f"{name} {_plain(found[name])}" for name in ("lfmq", "torch") if name in found]
-    if "threads" in found:
-        parts.append(f"{_plain(found['threads'])} threads")
-    engines = dict.fromkeys(
-        str(b.found.value["engine_version"]) for b in list_builds(at) if b.engine != "read"
-    )
-    return "; ".join([*parts, *map(_plain, engines)]) + "."
+    return "; ".join(parts) + "."
 
 
-def _verdict(at: Located) -> str:
-    failures = list(at["failures"])
-    if not failures:
-        return "Passed: no limit was missed." if at["passed"].value else "Missed."
-    lines = ["Missed:", ""]
-    for failure in failures:
-        figure = str(failure.value["figure"])
-        name, kind = describe_figure(figure)
-        found, limit = failure.number("found"), failure.number("limit")
-        engine = failure.get("engine")
-        where = _plain(failure.value["path"]) + (f" in {_plain(engine.value)}" if engine else "")
-        is_ = "not measured" if found is None else format_figure(found, kind)
-        held = "" if limit is None else f", limit {format_figure(limit, kind)}"
-        if figure.startswith("facts."):
-            is_, held = "not the checkpoint's", ""
-        lines.append(f"- {where}: {_plain(name)} is {is_}{held}")
-    return "\n".join(lines)
+def _verdict(report: Report) -> str:
+    misses = list_misses(report)
+    if not misses:
+        return "Passed: no limit was missed."
+    return "\n".join(["Missed:", "", *map(_miss, misses)])
+
+
+def _miss(miss: Miss) -> str:
+    failure, kind = miss.failure, miss.failure.kind
+    where = f"{_plain(failure.path)} in {_plain(failure.engine)}: {_plain(failure.title)}"
+    if kind is None:
+        return f"- {where} differs from the checkpoint's"
+    found = "not measured" if miss.found is None else format_figure(miss.found.value, kind)
+    limit = "" if miss.limit is None else f", limit {format_figure(miss.limit.value, kind)}"
+    return f"- {where} is {found}{limit}"
 
 
 def _plain(text: Any) -> str:

@@ -1,24 +1,38 @@
 """The page's tables: builds down; layers, margins, domains or positions across."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from lfmq.validation.pages.document import Build, Located
-from lfmq.validation.pages.numbers import Kind
+from lfmq.validation.measure.figures import (
+    KLD,
+    KLD_MAX,
+    KLD_MEDIAN,
+    KLD_P99,
+    ROUTING,
+    Estimates,
+    Figure,
+    Kind,
+    Scope,
+    figures_of,
+)
+from lfmq.validation.measure.report import BuildReport, NoiseFloor, Report
+from lfmq.validation.pages.rows import Number, Row, escaped, number, number_in
 from lfmq.validation.pages.scales import floor_step, share_step
 
 # Where a number of a series belongs: a layer, a domain, the two ends of a bin.
 Place = tuple[object, ...]
+# A part of the positions: its place, its figures and the JSON pointer of its object.
+Part = tuple[Place, Estimates, str]
 # A table with more is turned, builds across, so that it fits a screen and a sheet.
 _MOST_COLUMNS = 12
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A cell: a number of the document and its step on the colour scale, or neither."""
+    """A cell: a number and its step on the colour scale, or neither."""
 
-    found: Located | None
-    step: int | None
+    found: Number | None
+    step: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +49,6 @@ class Table:
     corner: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, tuple[Entry, ...]], ...]
-    kind: Kind
     scale: str = ""
 
 
@@ -53,117 +66,194 @@ class Tables:
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """A figure of one row: what is at each place."""
+    """A figure of one row: its number at each place."""
 
     label: str
-    places: dict[Place, Located]
+    numbers: Mapping[Place, Number | None]
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """A figure to tabulate: its key at each place, how it is shown, and what a place is."""
-
-    key: str
-    caption: str
-    kind: Kind = "share"
-    scale: str = "share"
-    where: str = ""
-
-
-def tabulate(at: Located, builds: Sequence[Build]) -> Tables:
-    """All tables that the document has figures for."""
+def tabulate(report: Report, rows: Sequence[Row]) -> Tables:
+    """All tables that the report has figures for."""
     return Tables(
-        quantiles=_quantiles(builds),
-        layers=_layers(at, builds),
-        margins=_margins(builds),
-        domains=_domains(at, builds),
-        positions=_positions(at, builds),
-        experts=tuple(t for b in builds if (t := _experts(b)) is not None),
+        quantiles=(_quantiles(rows),),
+        layers=_layers(report, rows),
+        margins=_margins(rows),
+        domains=_parts(report, rows, "domain", "domain", _domains, lambda p: str(p[0])),
+        positions=_parts(report, rows, "position", "position in the window", _positions, _range),
+        experts=tuple(t for row in rows if (t := _experts(row)) is not None),
     )
-
-
-def _series(label: str, listed: Located | None, place: tuple[str, ...]) -> Series:
-    """The objects of a list, by the keys that say where each belongs."""
-    objects = [] if listed is None else list(listed)
-    return Series(label, {tuple(x.value[key] for key in place): x for x in objects})
 
 
 def _table(
     series: Sequence[Series],
-    wanted: Wanted,
+    caption: str,
+    where: str,
     name: Callable[[Place], str],
-    floors: Callable[[Place], float | None] = lambda _: None,
+    scale: str = "",
+    step: Callable[[Place, float], int | None] = lambda *_: None,
 ) -> Table | None:
     """Rows that have the figure anywhere, columns that any row has; None without any row."""
-    shown = [s for s in series if any(x.get(wanted.key) for x in s.places.values())]
+    shown = [s for s in series if any(n and n.value is not None for n in s.numbers.values())]
     if not shown:
         return None
-    places = list(dict.fromkeys(place for s in shown for place in s.places))
-    rows = []
-    for s in shown:
-        cells = [s.places[p].get(wanted.key) if p in s.places else None for p in places]
-        entries = (
-            Entry(cell, _step(cell, wanted, floors(place)))
-            for cell, place in zip(cells, places, strict=True)
-        )
-        rows.append((s.label, tuple(entries)))
+    places = list(dict.fromkeys(place for s in shown for place in s.numbers))
+
+    def entry(place: Place, found: Number | None) -> Entry:
+        known = found is not None and found.value is not None
+        return Entry(found, step(place, found.value) if known else None)  # type: ignore[union-attr,arg-type]
+
+    cells = [(s.label, tuple(entry(p, s.numbers.get(p)) for p in places)) for s in shown]
     names = tuple(map(name, places))
     if len(places) <= _MOST_COLUMNS:
-        return Table(wanted.caption, "build", names, tuple(rows), wanted.kind, wanted.scale)
-    turned = tuple(zip(names, zip(*(cells for _, cells in rows), strict=True), strict=True))
-    labels = tuple(label for label, _ in rows)
-    return Table(wanted.caption, wanted.where, labels, turned, wanted.kind, wanted.scale)
+        return Table(caption, "build", names, tuple(cells), scale)
+    turned = tuple(zip(names, zip(*(entries for _, entries in cells), strict=True), strict=True))
+    return Table(caption, where, tuple(label for label, _ in cells), turned, scale)
 
 
-def _step(cell: Located | None, wanted: Wanted, floor: float | None) -> int | None:
-    if cell is None or not wanted.scale:
-        return None
-    if wanted.scale == "share":
-        return share_step(cell.value)
-    if wanted.kind == "share":  # what disagrees, over what disagrees at the noise floor
-        return None if floor is None else floor_step(1 - cell.value, 1 - floor)
-    return floor_step(cell.value, floor)
-
-
-def _tables(*found: Table | None) -> tuple[Table, ...]:
+def _present(*found: Table | None) -> tuple[Table, ...]:
     return tuple(table for table in found if table is not None)
 
 
-def _quantiles(builds: Sequence[Build]) -> tuple[Table, ...]:
-    keys = ("mean", "stderr", "median", "p99", "max")
-    rows = tuple(
-        (b.label, tuple(Entry(b.found.get("kld", k), None) for k in keys)) for b in builds
-    )
-    columns = ("mean", "standard error", "median", "99th percentile", "largest")
-    return (Table("KL divergence of a position, nats", "build", columns, rows, "nats"),)
+def _caption(figure: Figure, by: str) -> str:
+    return f"{figure.heading[0].upper()}{figure.heading[1:]}, by {by}"
 
 
-def _layers(at: Located, builds: Sequence[Build]) -> tuple[Table, ...]:
-    floor = _series("noise floor", at.get("noise_floor", "layers"), ("layer",))
-    layers = (_series(b.label, b.found.get("routing", "layers"), ("layer",)) for b in builds)
-    series = [floor, *layers]
-    scale = "floor" if floor.places else "share"
-    wanted = (
-        Wanted("exact_set", "Same experts, by layer", "share", scale, where="layer"),
-        Wanted(
-            "local_exact_set",
-            "Same experts given what the reference reads (local), by layer",
-            where="layer",
+def _coloured(
+    report: Report, figure: Figure, floor: Mapping[Place, float | None]
+) -> tuple[str, Callable[[Place, float], int | None]]:
+    """The colour scale of a figure, and the step of a value.
+
+    Args:
+        report: its noise floor is used at places where ``floor`` has none.
+        figure: in the table.
+        floor: the noise floor at each place.
+    """
+    overall = report.noise_floor.value(figure)
+    if overall is None or figure.kind == "ratio":
+        if figure.kind == "share":
+            return "share", lambda _, value: share_step(value)
+        return "", lambda *_: None
+
+    def step(place: Place, value: float) -> int | None:
+        own = floor.get(place)
+        least = overall if own is None else own
+        if figure.less_is_better:
+            return floor_step(value, least)
+        return floor_step(1 - value, 1 - least)  # what disagrees
+
+    return "floor", step
+
+
+def _parts(
+    report: Report,
+    rows: Sequence[Row],
+    scope: Scope,
+    by: str,
+    parts: Callable[[BuildReport | NoiseFloor, str], Iterable[Part]],
+    name: Callable[[Place], str],
+) -> tuple[Table, ...]:
+    """A table of each figure that a scope has."""
+    sources = [("noise floor", list(parts(report.noise_floor, "/noise_floor")))]
+    sources += [(row.label, list(parts(row.report, row.at))) for row in rows]
+    found = []
+    for figure in figures_of(scope):
+        series = [
+            Series(
+                label,
+                {p: number_in(e, figure, f"{at}/{figure.flat_key}") for p, e, at in measured},
+            )
+            for label, measured in sources
+        ]
+        floor = {place: n.value if n else None for place, n in series[0].numbers.items()}
+        coloured = _coloured(report, figure, floor)
+        found.append(_table(series, _caption(figure, by), scope, name, *coloured))
+    return _present(*found)
+
+
+def _domains(found: BuildReport | NoiseFloor, at: str) -> Iterable[Part]:
+    return (((d,), e, f"{at}/domains/{escaped(d)}") for d, e in found.domains.items())
+
+
+def _positions(found: BuildReport | NoiseFloor, at: str) -> Iterable[Part]:
+    ranges = enumerate(found.positions)
+    return (((r.start, r.stop), r.figures, f"{at}/positions/{i}") for i, r in ranges)
+
+
+def _range(place: Place) -> str:
+    start, stop = place
+    return f"{start:,} to {stop:,}"
+
+
+def _layers(report: Report, rows: Sequence[Row]) -> tuple[Table, ...]:
+    found = []
+    floor: dict[Place, float | None] = {(n,): v for n, v in report.noise_floor.layers.items()}
+    for figure in figures_of("layer"):
+        series = [
+            Series(
+                row.label,
+                {
+                    (layer.layer,): number(
+                        getattr(layer, figure.layer_key),
+                        f"{row.at}/routing/layers/{i}/{figure.layer_key}",
+                        figure.kind,
+                    )
+                    for i, layer in enumerate(row.report.routing.layers)
+                },
+            )
+            for row in rows
+            if row.report.routing is not None
+        ]
+        if figure is ROUTING:
+            least = {
+                place: number(value, f"/noise_floor/layers/{i}/{figure.layer_key}", figure.kind)
+                for i, (place, value) in enumerate(floor.items())
+            }
+            series = [Series("noise floor", least), *series]
+        coloured = _coloured(report, figure, floor)
+        name = _caption(figure, "layer")
+        found.append(_table(series, name, "layer", lambda p: str(p[0]), *coloured))
+    return _present(*found)
+
+
+def _quantiles(rows: Sequence[Row]) -> Table:
+    figures = (KLD_MEDIAN, KLD_P99, KLD_MAX)
+    found = []
+    for row in rows:
+        error = number(row.report.figures[KLD].stderr, f"{row.at}/kld/stderr", KLD.kind)
+        numbers = (row.number(KLD), error, *map(row.number, figures))
+        found.append((row.label, tuple(map(Entry, numbers))))
+    columns = (KLD.title, "standard error", *(figure.title for figure in figures))
+    return Table("KL divergence of a position, nats", "build", columns, tuple(found))
+
+
+def _margins(rows: Sequence[Row]) -> tuple[Table, ...]:
+    def series(key: str, kind: Kind) -> list[Series]:
+        return [
+            Series(
+                row.label,
+                {
+                    (m.low, m.high): number(
+                        getattr(m, key), f"{row.at}/routing/margins/{i}/{key}", kind
+                    )
+                    for i, m in enumerate(row.report.routing.margins)
+                },
+            )
+            for row in rows
+            if row.report.routing is not None
+        ]
+
+    caption = _caption(ROUTING, "the gap between the last selected and the first rejected expert")
+    pairs = [Series("(token, layer) pairs", s.numbers) for s in series("pairs", "count")[:1]]
+    return _present(
+        _table(
+            series(ROUTING.layer_key, ROUTING.kind),
+            caption,
+            "gap",
+            _gap,
+            "share",
+            lambda _, value: share_step(value),
         ),
-        Wanted("load_shift", "Shift of the expert load, by layer", "nats", "", where="layer"),
-    )
-    return _tables(
-        *(_table(series, w, lambda p: str(p[0]), _floor_of(at, floor, w.key)) for w in wanted)
-    )
-
-
-def _margins(builds: Sequence[Build]) -> tuple[Table, ...]:
-    series = [_series(b.label, b.found.get("routing", "margins"), ("low", "high")) for b in builds]
-    caption = "Same experts, by the gap between the last chosen and the first rejected expert"
-    pairs = [Series("(token, layer) pairs", series[0].places)] if series else []
-    return _tables(
-        _table(series, Wanted("exact_set", caption), _gap),
-        _table(pairs, Wanted("pairs", "How many pairs have which gap", "count", ""), _gap),
+        _table(pairs, "Number of pairs with each gap", "gap", _gap),
     )
 
 
@@ -180,84 +270,25 @@ def _power(value: object) -> str:
     return whole if float(whole) == value and int(exponent) < -1 else f"{value:g}"
 
 
-def _domains(at: Located, builds: Sequence[Build]) -> tuple[Table, ...]:
-    floor = _by_name("noise floor", at.get("noise_floor", "domains"))
-    series = [floor, *(_by_name(b.label, b.found.get("domains")) for b in builds)]
-    wanted = (
-        Wanted("kld_mean", "Mean KLD, nats, by domain", "nats", "floor", where="domain"),
-        Wanted("top1_agreement", "Same top token, by domain", "share", "floor", where="domain"),
-        Wanted("routing_exact_set", "Same experts, by domain", "share", "floor", where="domain"),
-        Wanted("perplexity_ratio", "Perplexity ratio, by domain", "ratio", "", where="domain"),
-    )
-    return _tables(
-        *(_table(series, w, lambda p: str(p[0]), _floor_of(at, floor, w.key)) for w in wanted)
-    )
-
-
-def _by_name(label: str, named: Located | None) -> Series:
-    """The values of an object, by their keys."""
-    return Series(label, {} if named is None else {(name,): named[name] for name in named.value})
-
-
-def _positions(at: Located, builds: Sequence[Build]) -> tuple[Table, ...]:
-    place = ("from", "to")
-    floor = _series("noise floor", at.get("noise_floor", "positions"), place)
-    series = [floor, *(_series(b.label, b.found.get("positions"), place) for b in builds)]
-    wanted = (
-        Wanted(
-            "kld_mean",
-            "Mean KLD, nats, by position in the window",
-            "nats",
-            "floor",
-            where="position",
-        ),
-        Wanted(
-            "top1_agreement",
-            "Same top token, by position in the window",
-            "share",
-            "floor",
-            where="position",
-        ),
-        Wanted(
-            "routing_exact_set",
-            "Same experts, by position in the window",
-            "share",
-            "floor",
-            where="position",
-        ),
-    )
-    return _tables(*(_table(series, w, _stretch, _floor_of(at, floor, w.key)) for w in wanted))
-
-
-def _floor_of(at: Located, floor: Series, key: str) -> Callable[[Place], float | None]:
-    """The noise floor at a place, or over all where it is not known there."""
-    overall = at.number("noise_floor", key)
-
-    def found(place: Place) -> float | None:
-        own = floor.places[place].number(key) if place in floor.places else None
-        return overall if own is None else own
-
-    return found
-
-
-def _stretch(place: Place) -> str:
-    start, stop = place
-    return f"{start:,} to {stop:,}"
-
-
-def _experts(build: Build) -> Table | None:
+def _experts(row: Row) -> Table | None:
     """The heat map's numbers: layers down, experts across."""
-    layers = build.found.get("routing", "layers")
-    drawn = [x for x in layers or () if x.get("experts")]
+    layers = () if row.report.routing is None else row.report.routing.layers
+    drawn = [(i, layer) for i, layer in enumerate(layers) if layer.experts]
     if not drawn:
         return None
-    most = max(len(x["experts"].value) for x in drawn)
     rows = tuple(
         (
-            str(x.value["layer"]),
-            tuple(Entry(e, share_step(e.value)) for e in x["experts"]),
+            str(layer.layer),
+            tuple(
+                Entry(n, share_step(n.value))
+                for n in (
+                    number(share, f"{row.at}/routing/layers/{i}/experts/{e}", "share")
+                    for e, share in enumerate(layer.experts)
+                )
+            ),
         )
-        for x in drawn
+        for i, layer in drawn
     )
-    caption = f"Share of tokens that reach their expert, {build.label}"
-    return Table(caption, "layer", tuple(map(str, range(most))), rows, "share", "")
+    caption = f"Share of an expert's tokens that the build sends to it too, {row.label}"
+    most = max(len(layer.experts) for _, layer in drawn)
+    return Table(caption, "layer", tuple(map(str, range(most))), rows)

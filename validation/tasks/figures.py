@@ -2,11 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lfmq.validation.measure.generation import (
+    AnswerFigures,
+    GenerationFigures,
+    HealthFigures,
+    RepeatFigures,
+    ToolFigures,
+)
 from lfmq.validation.tasks.repeats import Repeats
 from lfmq.validation.tasks.sampling import Sampling
 from lfmq.validation.tasks.tasks import Verdict
@@ -54,45 +61,47 @@ class Figures:
     new_tokens: int
     sampling: Sampling | None
 
-    def to_json(self) -> dict[str, Any]:
-        """The object ``greedy`` or ``sampled``; docs/generation.md has the keys."""
+    def summary(self) -> GenerationFigures:
+        """The figures of the mode; docs/generation.md describes them."""
         own, theirs = self.build, self.reference
         pairs = list(zip(theirs, own, strict=True))
         tools, others = ([a for a in own if a.kind == k] for k in ("tool", "answer"))
         wanted_tools, wanted = ([a for a in theirs if a.kind == k] for k in ("tool", "answer"))
-        return {
-            "tasks": len(own) // self.runs,
-            "runs": self.runs,
-            "answers": {
-                "accuracy": _share(others, lambda a: a.verdict.correct),
-                "reference_accuracy": _share(wanted, lambda a: a.verdict.correct),
-                "n": len(others),
-            },
-            "tools": {
-                "valid": _share(tools, lambda a: a.verdict.valid),
-                "right_function": _share(tools, lambda a: a.verdict.right_function),
-                "right_arguments": _share(tools, lambda a: a.verdict.correct),
-                "reference_right_arguments": _share(wanted_tools, lambda a: a.verdict.correct),
-                "n": len(tools),
-            },
-            **_health(own),
-            "length_ratio": float(np.mean([len(b.tokens) / len(a.tokens) for a, b in pairs])),
-            "same_text": float(np.mean([np.array_equal(a.tokens, b.tokens) for a, b in pairs])),
-            "reference": _health(theirs),
-            "new_tokens": self.new_tokens,
-            "sampling": None if self.sampling is None else asdict(self.sampling),
-            "tasks_sha256": self.tasks_sha256,
-        }
+        health = _health(own)
+        return GenerationFigures(
+            tasks=len(own) // self.runs,
+            runs=self.runs,
+            answers=AnswerFigures(
+                accuracy=_share(others, lambda a: a.verdict.correct),
+                reference_accuracy=_share(wanted, lambda a: a.verdict.correct),
+                n=len(others),
+            ),
+            tools=ToolFigures(
+                valid=_share(tools, lambda a: a.verdict.valid),
+                right_function=_share(tools, lambda a: a.verdict.right_function),
+                right_arguments=_share(tools, lambda a: a.verdict.correct),
+                reference_right_arguments=_share(wanted_tools, lambda a: a.verdict.correct),
+                n=len(tools),
+            ),
+            capped=health.capped,
+            longest_repeat=health.longest_repeat,
+            looped=health.looped,
+            length_ratio=float(np.mean([len(b.tokens) / len(a.tokens) for a, b in pairs])),
+            same_text=float(np.mean([np.array_equal(a.tokens, b.tokens) for a, b in pairs])),
+            reference=_health(theirs),
+            new_tokens=self.new_tokens,
+            sampling=None if self.sampling is None else asdict(self.sampling),
+            tasks_sha256=self.tasks_sha256,
+        )
 
 
-def _health(answers: Sequence[Answer]) -> dict[str, Any]:
-    """Whether answers end, and how much they repeat themselves."""
+def _health(answers: Sequence[Answer]) -> HealthFigures:
     longest = [a.repeats.longest for a in answers]
-    return {
-        "capped": _share(answers, lambda a: a.capped),
-        "longest_repeat": {"max": max(longest), "mean": float(np.mean(longest))},
-        "looped": _share(answers, lambda a: a.repeats.looped),
-    }
+    return HealthFigures(
+        capped=_share(answers, lambda a: a.capped),
+        longest_repeat=RepeatFigures(max(longest), float(np.mean(longest))),
+        looped=_share(answers, lambda a: a.repeats.looped),
+    )
 
 
 def _share(answers: Sequence[Answer], holds: Callable[[Answer], bool]) -> float | None:

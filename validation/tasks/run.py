@@ -8,7 +8,6 @@ for all builds.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from lfmq.converter.model.forward import Model
 from lfmq.converter.model.text import load_tokenizer
 from lfmq.quant.errors import ValidationError
 from lfmq.validation.measure.builds import open_builds
+from lfmq.validation.measure.generation import GenerationFigures
 from lfmq.validation.measure.report import Report
 from lfmq.validation.tasks.figures import Answer, Figures
 from lfmq.validation.tasks.repeats import find_repeats
@@ -87,9 +87,9 @@ class Generation:
     greedy: Figures
     sampled: Figures
 
-    def to_json(self) -> dict[str, Any]:
-        """The object ``generation`` of a build in ``lfmq validate --json``."""
-        return {"greedy": self.greedy.to_json(), "sampled": self.sampled.to_json()}
+    def summary(self) -> dict[str, GenerationFigures]:
+        """The figures of both modes, as a report has them."""
+        return {"greedy": self.greedy.summary(), "sampled": self.sampled.summary()}
 
 
 def check_builds(
@@ -122,7 +122,7 @@ def check_builds(
 
 def with_generation(report: Report, found: Mapping[Path, Generation]) -> Report:
     """A report whose first row of each build tells what the build wrote."""
-    rows, left = [], {str(path): generation.to_json() for path, generation in found.items()}
+    rows, left = [], {str(path): generation.summary() for path, generation in found.items()}
     for build in report.builds:
         rows.append(replace(build, generation=left.pop(build.path, None)))
     return replace(report, builds=tuple(rows))
@@ -255,29 +255,31 @@ def _judged(checks: Checks, task: int, tokens: NDArray[np.int64]) -> Answer:
     )
 
 
-def generation_lines(reports: Iterable[tuple[str, Mapping[str, Any] | None]]) -> Iterator[str]:
-    """For each build (its path and JSON object) the figures in a line for a terminal."""
+def generation_lines(
+    reports: Iterable[tuple[str, Mapping[str, GenerationFigures] | None]],
+) -> Iterator[str]:
+    """For each build (its path and figures by mode) the figures in a line for a terminal."""
     for path, found in reports:
         if found is not None:
             parts = "; ".join(f"{mode}: {_described(figures)}" for mode, figures in found.items())
             yield f"{Path(path).name}: {parts}"
 
 
-def _described(figures: Mapping[str, Any]) -> str:
-    tools, answers = figures["tools"], figures["answers"]
-    parts = []
-    if tools["n"]:
-        share, reference = tools["right_arguments"], tools["reference_right_arguments"]
-        parts.append(_counted("tool calls", tools["n"], share, reference))
-    if answers["n"]:
-        share, reference = answers["accuracy"], answers["reference_accuracy"]
-        parts.append(_counted("answers", answers["n"], share, reference))
-    parts.append(f"same text {figures['same_text']:.1%}")
-    parts.append(f"at the cap {figures['capped']:.1%}")
-    parts.append(f"looped {figures['looped']:.1%}")
-    parts.append(f"length x{figures['length_ratio']:.2f}")
-    return ", ".join(parts)
+def _described(figures: GenerationFigures) -> str:
+    tools, answers = figures.tools, figures.answers
+    parts = [
+        _counted("tool calls", tools.n, tools.right_arguments, tools.reference_right_arguments),
+        _counted("answers", answers.n, answers.accuracy, answers.reference_accuracy),
+        f"same text {figures.same_text:.1%}",
+        f"at the cap {figures.capped or 0:.1%}",
+        f"looped {figures.looped or 0:.1%}",
+        f"length x{figures.length_ratio:.2f}",
+    ]
+    return ", ".join(filter(None, parts))
 
 
-def _counted(what: str, n: int, share: float, reference: float) -> str:
+def _counted(what: str, n: int, share: float | None, reference: float | None) -> str:
+    """Empty without any such task."""
+    if share is None or reference is None:
+        return ""
     return f"{round(share * n)}/{n} {what} right (reference {round(reference * n)})"

@@ -22,8 +22,9 @@ from lfmq.formats.registry import FORMATS
 from lfmq.quant.errors import CheckpointError, ValidationError
 from lfmq.quant.linalg import ridge_factor, step_toward
 from lfmq.quant.types import Quantized, dequantize
+from lfmq.validation.measure.figures import KLD, ROUTING
 from lfmq.validation.measure.runs import compare_model, run_reference
-from lfmq.validation.measure.summaries import summarize_scores
+from lfmq.validation.measure.summaries import measure_figures
 
 SEQUENCE = 256
 
@@ -78,7 +79,7 @@ def test_nearer_than_rounding_to_nearest(sample, calibrated):
     for name, weights in (("ours", calibrated[0]), ("nearest", run(sample, "int4")[0])):
         found = compare_model(reference, Model(sample.config, read_of(weights)))
         kld[name] = found.scores.kld.mean()
-        exact[name] = found.routing.exact_set
+        exact[name] = measure_figures(found)[ROUTING].value
     assert kld["ours"] < 0.85 * kld["nearest"]
     assert exact["ours"] > exact["nearest"]
 
@@ -220,5 +221,5 @@ def test_on_a_gpu(sample, calibrated):
     klds = []
     for weights in (found, calibrated[0]):
         compared = compare_model(reference, Model(sample.config, read_of(weights)))
-        klds.append(summarize_scores(compared.scores).kld.mean)
+        klds.append(measure_figures(compared)[KLD].value)
     assert klds[0] == pytest.approx(klds[1], rel=0.15)

@@ -6,9 +6,9 @@ import pytest
 
 from lfmq.quant.errors import ValidationError
 from lfmq.validation.gate.thresholds import (
-    DOMAIN_FIGURES,
-    FIGURES,
-    GENERATION_FIGURES,
+    DOMAIN_LIMITS,
+    GENERATION_LIMITS,
+    LIMITS,
     RELATIVE,
     Thresholds,
     load_thresholds,
@@ -83,6 +83,22 @@ def test_what_is_not_a_limit_is_refused(tmp_path, text, said):
         load_thresholds(write(tmp_path, text))
 
 
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"limits": {"min_routing": 0.9}},
+        {"limits": {"max_kld": 1.0, "max_routing_below_floor": 0.1}},
+        {"domains": {"en": {"min_routing": 0.9}}},
+    ],
+)
+def test_limits_on_routing_are_refused_for_a_dense_model(limits):
+    found = Thresholds(**limits)
+    found.check_experts(True)
+    with pytest.raises(ValidationError, match=r"routing agreement, and the model has no experts"):
+        found.check_experts(False)
+    Thresholds({"max_kld": 1.0}, {"en": {"max_kld": 1.0}}).check_experts(False)
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ValidationError, match=r"none\.toml: cannot be read"):
         load_thresholds(tmp_path / "none.toml")
@@ -112,6 +128,6 @@ def test_the_page_shows_every_limit(tmp_path):
     (text,) = re.findall(r"^```toml\n(.*?)^```", PAGE.read_text("utf-8"), re.M | re.S)
     (tmp_path / "last-release.json").write_text(json.dumps(BASELINE))
     found = load_thresholds(write(tmp_path, text))
-    assert found.limits.keys() == {*FIGURES, *RELATIVE}
-    assert found.generation.keys() == GENERATION_FIGURES.keys()
-    assert all(key in text for key in DOMAIN_FIGURES)
+    assert found.limits.keys() == {*LIMITS, *RELATIVE}
+    assert found.generation.keys() == GENERATION_LIMITS.keys()
+    assert all(key in text for key in DOMAIN_LIMITS)

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,6 @@ from lfmq.converter.run.convert import convert
 from lfmq.formats.registry import FORMATS
 from lfmq.validation.measure.compare import compare, differences
 from lfmq.validation.measure.predictions import PositionScores
-from lfmq.validation.measure.routing import RoutingAgreement
 from lfmq.validation.measure.runs import Comparison
 
 SEQUENCE = 128
@@ -53,7 +53,7 @@ def made_up(offset: float) -> Comparison:
     nll = rng.random((20, 8))
     same = rng.random((20, 8)) < 0.9 - offset
     scores = PositionScores(nll, nll + offset, nll / 100 + offset, same)
-    return Comparison(scores, RoutingAgreement(()), np.clip(nll - offset, 0, 1))
+    return Comparison(scores, None, np.clip(nll - offset, 0, 1))
 
 
 def test_the_better_of_two_is_the_nearer():
@@ -65,9 +65,15 @@ def test_the_better_of_two_is_the_nearer():
         assert d.difference == d.b - d.a
 
 
+def test_a_dense_model_is_not_compared_in_its_routing():
+    near, far = (replace(made_up(offset), same_sets=None) for offset in (0.0, 0.3))
+    found = differences(near, far)
+    assert [d.figure.key for d in found] == ["kld.mean", "perplexity", "top1_agreement"]
+
+
 def test_int8_and_int4_are_told_apart(build, run):
     found = run(build("int4"), build("int8"))
-    by_name = {d.figure: d for d in found.figures}
+    by_name = {d.figure.key: d for d in found.figures}
     assert list(by_name) == ["kld.mean", "perplexity", "top1_agreement", "routing.exact_set"]
     for name in ("kld.mean", "top1_agreement", "routing.exact_set"):
         assert by_name[name].better == "b", name

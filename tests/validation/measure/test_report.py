@@ -5,6 +5,24 @@ import math
 import numpy as np
 import pytest
 
+from lfmq.validation.measure.figures import (
+    FIGURES,
+    GENERATION_FIGURES,
+    KLD,
+    KLD_MAX,
+    KLD_MEDIAN,
+    PERPLEXITY,
+    PERPLEXITY_RATIO,
+    ROUTING,
+    TOP1,
+)
+from lfmq.validation.measure.generation import (
+    AnswerFigures,
+    GenerationFigures,
+    HealthFigures,
+    RepeatFigures,
+    ToolFigures,
+)
 from lfmq.validation.measure.predictions import PositionScores
 from lfmq.validation.measure.report import (
     Attribution,
@@ -14,16 +32,16 @@ from lfmq.validation.measure.report import (
     Failure,
     LayerDivergence,
     Report,
+    columns_of,
 )
 from lfmq.validation.measure.routing import LayerRouting, MarginBin, RoutingAgreement
 from lfmq.validation.measure.runs import Comparison
 from lfmq.validation.measure.summaries import (
     histogram,
-    summarize_certainty,
-    summarize_domains,
-    summarize_floor,
-    summarize_positions,
-    summarize_scores,
+    measure_domains,
+    measure_figures,
+    measure_floor,
+    measure_positions,
 )
 
 SEQUENCE = 18  # positions 9 to 16 are scored
@@ -56,12 +74,11 @@ def build(windows=3, **changes) -> BuildReport:
         engine_version="lfmq 0",
         nbytes=10,
         bits_per_weight=4.5,
-        overall=summarize_scores(found.scores),
-        certainty=summarize_certainty(found),
+        figures=measure_figures(found),
         histogram=histogram(found.scores.kld),
         routing=found.routing,
-        domains=summarize_domains(found, ("en", "py", "en")[:windows]),
-        positions=summarize_positions(found, SEQUENCE),
+        domains=measure_domains(found, ("en", "py", "en")[:windows]),
+        positions=measure_positions(found, SEQUENCE),
     )
     return dataclasses.replace(report, **changes)
 
@@ -72,24 +89,27 @@ def report(*builds: BuildReport, windows=3) -> Report:
         conditions=Conditions("0", "2", 1, "cpu", SEQUENCE, windows * SEQUENCE, "00"),
         tokens_scored=windows * 8,
         reference_perplexity=3.0,
-        noise_floor=summarize_floor(comparison(windows), ("en", "py", "en")[:windows], SEQUENCE),
+        noise_floor=measure_floor(comparison(windows), ("en", "py", "en")[:windows], SEQUENCE),
         builds=builds,
     )
 
 
-def test_summary_is_of_the_scored_positions():
-    found, s = summarize_scores(scores()), scores()
-    assert found.perplexity == pytest.approx(math.exp(s.nll.mean()))
-    assert found.perplexity_ratio == pytest.approx(math.exp(0.01))
-    assert found.kld.max == s.kld.max()
-    assert found.kld.median == np.median(s.kld)
+def test_figures_are_of_the_scored_positions():
+    found, s = measure_figures(comparison()), scores()
+    assert found[PERPLEXITY].value == pytest.approx(math.exp(s.nll.mean()))
+    assert found[PERPLEXITY_RATIO].value == pytest.approx(math.exp(0.01))
+    assert found[KLD_MAX].value == s.kld.max()
+    assert found[KLD_MEDIAN].value == np.median(s.kld)
+    assert found[TOP1].value == s.same_top.mean()
+    assert found.keys() == {f for f in FIGURES if f.mean or f.of}
 
 
 def test_domains_are_means_of_their_windows():
-    found, of = summarize_domains(comparison(), ("en", "py", "en")), comparison()
+    found, of = measure_domains(comparison(), ("en", "py", "en")), comparison()
     assert list(found) == ["en", "py"]
-    assert found["en"].predictions.kld.mean == pytest.approx(of.scores.kld[[0, 2]].mean())
-    assert found["en"].routing_exact_set == pytest.approx(of.same_sets[[0, 2]].mean())
+    assert found["en"][KLD].value == pytest.approx(of.scores.kld[[0, 2]].mean())
+    assert of.same_sets is not None
+    assert found["en"][ROUTING].value == pytest.approx(of.same_sets[[0, 2]].mean())
 
 
 @pytest.mark.parametrize(("sequence", "ranges"), [(18, 8), (6, 2), (512, 8), (4, 1)])
@@ -97,14 +117,13 @@ def test_positions_cover_what_is_scored(sequence, ranges):
     count = sequence - 1 - sequence // 2
     kld = np.arange(2 * count, dtype=float).reshape(2, count)
     s = PositionScores(kld, kld, kld, kld > 3)
-    routing = RoutingAgreement(())
-    found = summarize_positions(Comparison(s, routing, np.ones_like(kld)), sequence)
+    found = measure_positions(Comparison(s, None, None), sequence)
     assert len(found) == ranges
     assert (found[0].start, found[-1].stop) == (sequence // 2, sequence - 1)
     assert [a.stop for a in found[:-1]] == [b.start for b in found[1:]]
     weights = [r.stop - r.start for r in found]
     assert max(weights) - min(weights) <= 1
-    mean = np.average([r.kld_mean for r in found], weights=weights)
+    mean = np.average([r.figures[KLD].value for r in found], weights=weights)
     assert mean == pytest.approx(kld.mean())
 
 
@@ -118,8 +137,39 @@ def test_histogram_counts_every_position():
 
 
 def test_routing_weighs_layers_equally():
-    assert build().routing.exact_set == pytest.approx(0.85)
-    assert build().routing.local_exact_set == pytest.approx(0.95)
+    found = comparison().routing
+    assert found is not None
+    assert found.exact_set == pytest.approx(0.85)
+    assert found.local_exact_set == pytest.approx(0.95)
+
+
+def test_each_key_is_of_one_figure():
+    for figures in (FIGURES, GENERATION_FIGURES):
+        assert len({f.key for f in figures}) == len({f.title for f in figures}) == len(figures)
+        limits = [limit for f in figures for limit in f.limits]
+        assert len(set(limits)) == len(limits)
+        assert all(limit[:4] in ("max_", "min_") for limit in limits)
+
+
+def test_a_dense_model_has_no_routing_in_its_report():
+    """Absent, not null and not 1: in the figures, domains, positions, layers and noise floor."""
+    run = Comparison(scores(), None, None)
+    dense = build(
+        figures=measure_figures(run),
+        routing=None,
+        domains=measure_domains(run, ("en", "py", "en")),
+        positions=measure_positions(run, SEQUENCE),
+        attribution=Attribution(0.1, (LayerDivergence(0, 0.2),), ()),
+    )
+    floor = measure_floor(run, ("en", "py", "en"), SEQUENCE)
+    found = dataclasses.replace(report(dense), noise_floor=floor)
+    document = found.to_json()
+    text = json.dumps(document, allow_nan=False)
+    assert "routing" not in text
+    assert "experts" not in text
+    assert "layers" not in document["noise_floor"]
+    assert document["builds"][0]["layers_kld"]
+    assert [f.key for f in columns_of(found)] == ["kld.mean", "perplexity_ratio", "top1_agreement"]
 
 
 def test_json_has_the_keys_of_the_contract():
@@ -160,12 +210,29 @@ def test_json_has_the_keys_of_the_contract():
 
 def test_what_others_add_is_in_the_json():
     where = Attribution(0.1, (LayerDivergence(0, 0.2),), (ExpertError(2, 1, 7, 0.05),))
-    more = build(attribution=where, generation={"greedy": {"tasks": 3}}, warnings=("old",))
+    repeats = RepeatFigures(2, 1.5)
+    mode = GenerationFigures(
+        tasks=3,
+        runs=1,
+        answers=AnswerFigures(1.0, 0.5, 3),
+        tools=ToolFigures(None, None, None, None, 0),
+        capped=0.0,
+        longest_repeat=repeats,
+        looped=0.0,
+        length_ratio=1.0,
+        same_text=1.0,
+        reference=HealthFigures(0.0, repeats, 0.0),
+        new_tokens=8,
+        sampling=None,
+        tasks_sha256="00",
+    )
+    more = build(attribution=where, generation={"greedy": mode}, warnings=("old",))
     (found,) = report(more).to_json()["builds"]
     assert found["embedding_kld"] == 0.1
     assert found["layers_kld"] == [{"layer": 0, "kld_mean": 0.2}]
     assert found["experts"] == [{"layer": 2, "expert": 1, "tokens": 7, "error": 0.05}]
-    assert found["generation"] == {"greedy": {"tasks": 3}}
+    assert found["generation"]["greedy"]["answers"]["reference_accuracy"] == 0.5
+    assert found["generation"]["greedy"]["reference"]["longest_repeat"] == {"max": 2, "mean": 1.5}
     assert found["warnings"] == ["old"]
 
 
@@ -180,12 +247,15 @@ def test_one_window_has_no_standard_error():
 
 def test_a_broken_builds_perplexity_has_no_bound():
     worst = np.full((2, 4), 1000.0)
-    found = summarize_scores(PositionScores(worst * 0, worst, worst, worst < 0))
-    assert found.perplexity == math.inf
+    run = Comparison(PositionScores(worst * 0, worst, worst, worst < 0), None, None)
+    assert measure_figures(run)[PERPLEXITY].value == math.inf
 
 
 def test_a_failure_says_what_and_why():
-    missed = Failure("x.gguf", "read", "kld.mean", 0.5, 0.25, "max_kld = 0.25")
-    assert str(missed) == "x.gguf (read): kld.mean is 0.5, limit 0.25: max_kld = 0.25"
-    unknown = Failure("x.gguf", "read", "generation", None, None, "nothing ran")
+    missed = Failure("x.gguf", "read", "kld.mean", 0.5, 0.25, "max_kld = 0.25", "mean KLD", "nats")
+    assert str(missed) == "x.gguf (read): mean KLD is 0.5, limit 0.25: max_kld = 0.25"
+    assert set(missed.to_json()) == {"path", "engine", "figure", "found", "limit", "why"}
+    unknown = Failure(
+        "x.gguf", "read", "generation", None, None, "nothing ran", "generation", "number"
+    )
     assert str(unknown) == "x.gguf (read): generation is not measured: nothing ran"

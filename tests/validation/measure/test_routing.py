@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from lfmq.validation.measure.routing import (
     Choices,
-    RoutingAgreement,
     compare_routing,
     jensen_shannon,
     same_sets,
@@ -94,14 +93,6 @@ def test_margins_split_all_pairs_by_decade():
         assert found.pairs == inside.sum()
     assert bins[0].exact_set < 1
     assert all(b.exact_set == 1 for b in bins[1:])
-
-
-def test_a_model_without_experts_agrees():
-    nothing = Choices({}, {})
-    assert compare_routing(nothing, nothing, 0) == RoutingAgreement(())
-    assert RoutingAgreement(()).exact_set == 1.0
-    assert RoutingAgreement(()).local_exact_set is None
-    assert (same_sets(nothing, nothing, (2, 3)) == 1).all()
 
 
 def test_jensen_shannon_bounds():

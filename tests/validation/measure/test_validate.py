@@ -13,6 +13,7 @@ from lfmq.formats.registry import FORMATS, detect_format
 from lfmq.quant.errors import ValidationError
 from lfmq.validation.gate.judge import judge
 from lfmq.validation.gate.thresholds import Thresholds
+from lfmq.validation.measure.figures import KLD, ROUTING
 from lfmq.validation.measure.validate import validate
 
 # Windows as long as those the sample was trained on.
@@ -50,15 +51,18 @@ def test_every_format_holds_the_same_model(sample, windows, build):
     report = validate(sample, paths, windows)
     first = report.builds[0]
     assert first.domains.keys() == set(windows.domains)
+    assert first.routing is not None
     assert [r.layer for r in first.routing.layers] == list(sample.config.moe_layers)
     for other in report.builds[1:]:
         # norms and conv kernels are bfloat16 in the checkpoint; MLX keeps them as float16
-        assert other.overall.kld.mean == pytest.approx(first.overall.kld.mean, rel=1e-3)
-        assert other.routing.exact_set == pytest.approx(first.routing.exact_set, abs=1e-3)
+        assert other.figures[KLD].value == pytest.approx(first.figures[KLD].value, rel=1e-3)
+        assert other.figures[ROUTING].value == pytest.approx(
+            first.figures[ROUTING].value, abs=1e-3
+        )
     assert report.tokens_scored == 11 * (SEQUENCE // 2 - 1)
     assert report.conditions.tokens == 11 * SEQUENCE
     floor = report.noise_floor
-    assert floor.kld_stderr > 0
+    assert (floor.figures[KLD].stderr or 0) > 0
     assert floor.domains.keys() == first.domains.keys()
     assert floor.layers.keys() == {r.layer for r in first.routing.layers}
 
@@ -67,9 +71,9 @@ def test_more_bits_are_nearer_and_thresholds_tell(sample, windows, build):
     (int8,), (int4,) = build("int8", "gguf"), build("int4-all", "gguf")
     report = validate(sample, [int8, int4], windows)
     near, far = report.builds
-    assert near.overall.kld.mean < far.overall.kld.mean / 5
-    assert near.routing.exact_set > far.routing.exact_set
-    failures = judge(report.to_json(), Thresholds({"min_routing": 0.95}))
+    assert near.figures[KLD].value < far.figures[KLD].value / 5
+    assert near.figures[ROUTING].value > far.figures[ROUTING].value
+    failures = judge(report, Thresholds({"min_routing": 0.95}))
     assert [(f.path, f.figure) for f in failures] == [(str(int4), "routing.exact_set")]
     assert report.passed
     assert not dataclasses.replace(report, failures=failures).passed
@@ -79,6 +83,7 @@ def test_a_wide_margin_keeps_its_experts(sample, windows, build):
     """Which experts a token goes to turns only where the reference's own choice was close."""
     (path,) = build("int4", "gguf")
     (found,) = validate(sample, [path], windows).builds
+    assert found.routing is not None
     bins = found.routing.margins
     assert sum(b.pairs for b in bins) == 11 * (SEQUENCE // 2 - 1) * 4
     assert bins[-1].exact_set > bins[0].exact_set
@@ -119,5 +124,7 @@ def test_an_expert_swap_shows(sample, windows, build):
     swapped.write_bytes(content)
     report = validate(sample, [path, swapped], windows)
     good, bad = report.builds
-    assert bad.overall.kld.mean > 10 * good.overall.kld.mean
+    assert bad.figures[KLD].value > 10 * good.figures[KLD].value
+    assert bad.routing is not None
+    assert good.routing is not None
     assert bad.routing.layers[-1].exact_set < good.routing.layers[-1].exact_set - 0.02

@@ -1,12 +1,13 @@
 """Places, ticks and steps of the page's charts."""
 
 import math
-from typing import Any
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 
+from lfmq.validation.measure.report import ExpertError
+from lfmq.validation.measure.routing import LayerRouting
 from lfmq.validation.pages.charts import (
     WIDTH,
     Measured,
@@ -16,13 +17,16 @@ from lfmq.validation.pages.charts import (
     layer_bars,
     scatter,
 )
-from lfmq.validation.pages.numbers import UNKNOWN, describe_figure, format_figure
+from lfmq.validation.pages.numbers import UNKNOWN, format_figure
 from lfmq.validation.pages.scales import Scale, floor_step, scale_for, share_step
 
 finite = st.floats(1e-9, 1e9)
 
 
 @given(finite, finite, st.booleans())
+@example(1e-9, 1.0000000000000003e-9, False)
+@example(0.98, 0.98 + 1e-15, False)
+@example(1e-9, 1e9, True)
 def test_a_scale_shows_its_values_in_order(one, other, log):
     scale = scale_for([one, other, None, math.nan], 10, 110, log)
     assert scale is not None
@@ -33,6 +37,27 @@ def test_a_scale_shows_its_values_in_order(one, other, log):
     assert all(10 <= t.place <= 110 for t in ticks)
     assert [t.place for t in ticks] == sorted(t.place for t in ticks)
     assert len({t.label for t in ticks}) == len(ticks)
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        ((1e-9, 1.0000000000000003e-9), ["9.9e-10", "9.95e-10", "1e-9", "1.005e-9", "1.01e-9"]),
+        ((0.98, 0.98 + 1e-15), ["0.975", "0.98", "0.985"]),
+        ((0.0, 0.0), ["-1", "-0.5", "0", "0.5", "1"]),
+    ],
+)
+def test_values_equal_but_for_rounding_have_a_scale_around_them(values, labels):
+    scale = scale_for(values, 0, 100)
+    assert scale is not None
+    assert [t.label for t in scale.ticks()] == labels
+    assert scale.place(values[0]) == scale.place(values[1]) == 50
+
+
+def test_a_log_scale_of_many_decades_has_ticks_at_decades():
+    scale = scale_for([1e-9, 1e9], 0, 100, log=True)
+    assert scale is not None
+    assert [t.label for t in scale.ticks()] == ["1e-8", "0.0001", "1", "10,000", "100,000,000"]
 
 
 def test_ticks_are_round():
@@ -88,10 +113,7 @@ def test_a_divergence_of_zero_is_not_drawn_on_a_log_axis():
 
 @pytest.mark.parametrize(("layers", "experts"), [(4, 16), (22, 32), (38, 64), (1, 1)])
 def test_a_heat_map_fits_its_width(layers, experts):
-    found = [
-        {"layer": i, "exact_set": 0.9, "experts": [0.5] * experts, "load": None}
-        for i in range(layers)
-    ]
+    found = [LayerRouting(i, 0.9, 0.9, 0.0, experts=(0.5,) * experts) for i in range(layers)]
     chart = heat_map(found)
     assert chart is not None
     assert len(chart.rows) == layers
@@ -102,14 +124,13 @@ def test_a_heat_map_fits_its_width(layers, experts):
 
 
 def test_a_heat_map_says_the_loads():
-    layer = {"layer": 2, "exact_set": 1.0, "experts": [None, 0.98]}
-    loads = {"load": [0.0, 1.0], "reference_load": [0.25, 0.75]}
-    chart = heat_map([layer | loads])
+    layer = LayerRouting(2, 1.0, 1.0, 0.0, (0.0, 1.0), (0.25, 0.75), (math.nan, 0.98))
+    chart = heat_map([layer])
     assert chart is not None
     none, some = chart.rows[0].cells
     assert none.step is None
     assert some.title == "layer 2, expert 1: 0.9800; load 1.0000, reference 0.7500"
-    assert heat_map([{"layer": 2, "exact_set": 1.0}]) is None
+    assert heat_map([LayerRouting(2, 1.0, 1.0, 0.0)]) is None
 
 
 def test_a_histogram_counts_every_position():
@@ -134,10 +155,7 @@ def test_layers_and_experts_share_the_highest_value():
     assert [b.title.partition(":")[0] for b in chart.bars] == ["embedding", "layer 0", "layer 1"]
     assert [t.label for t in chart.x_ticks] == ["0", "1"]
     assert layer_bars([("0", 0.0)], 0.0) is None
-    experts: list[dict[str, Any]] = [
-        {"layer": 2, "expert": 0, "tokens": 0, "error": 0.1},
-        {"layer": 2, "expert": 1, "tokens": 1000, "error": None},
-    ]
+    experts = [ExpertError(2, 0, 0, 0.1), ExpertError(2, 1, 1000, math.inf)]
     points = scatter(experts, 0.1)
     assert points is not None
     assert [p.title for p in points.bars] == ["layer 2, expert 0: error 0.10000, 0 tokens"]
@@ -161,21 +179,3 @@ def test_layers_and_experts_share_the_highest_value():
 )
 def test_figures_as_text(value, kind, text):
     assert format_figure(value, kind) == text
-
-
-@pytest.mark.parametrize(
-    ("place", "name", "kind"),
-    [
-        ("kld.mean", "mean KLD", "nats"),
-        ("kld.p99", "99th percentile of the KLD", "nats"),
-        ("domains.en.kld_mean", "mean KLD in en", "nats"),
-        ("domains.v1.2.top1_agreement", "same top token in v1.2", "share"),
-        ("generation.greedy.tools.right_arguments", "right arguments, greedy", "share"),
-        ("generation.sampled.length_ratio", "length ratio, sampled", "ratio"),
-        ("facts.bos_token_id", "bos_token_id", "number"),
-        ("something.new", "something.new", "number"),
-        ("domains.en.other", "other in en", "number"),
-    ],
-)
-def test_names_of_figures(place, name, kind):
-    assert describe_figure(place) == (name, kind)

@@ -1,10 +1,12 @@
 """The page without a browser: its numbers, what hostile text does to it, what it refers to."""
 
 import base64
-import copy
 import hashlib
 import json
+import math
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +15,25 @@ from urllib.parse import unquote
 
 import pytest
 
+from lfmq.tests.validation.reports import NAN, with_figure, without_routing
+from lfmq.validation.measure.figures import (
+    KLD,
+    KLD_MAX,
+    PERPLEXITY,
+    PERPLEXITY_RATIO,
+    ROUTING,
+    Estimate,
+)
+from lfmq.validation.measure.generation import AnswerFigures, ToolFigures
+from lfmq.validation.measure.report import (
+    BuildReport,
+    Failure,
+    Histogram,
+    NoiseFloor,
+    Report,
+    columns_of,
+)
+from lfmq.validation.measure.routing import LayerRouting
 from lfmq.validation.pages import page
 from lfmq.validation.pages.charts import heat_map
 from lfmq.validation.pages.numbers import format_figure
@@ -100,93 +121,143 @@ DRAWN = re.compile(
     r"/histogram/|/layers_kld/|/experts/\d+/(layer|expert|tokens|error)$|/(reference_)?load/|"
     r"/layers/\d+/(layer|jaccard)$|/(low|high|from|to)$|/domains/\w+/kld_stderr$|"
     r"/facts/|/failures/3/(found|limit)$|/reference/longest_repeat/mean$|"
-    r"/routing/jaccard$|/embedding_kld$|/margins/\d+/pairs$"
+    r"/(perplexity_ratio|top1)_stderr$|/routing/(stderr|jaccard)$|/embedding_kld$|/margins/\d+/pairs$"
 )
 
 
-def test_every_number_is_the_documents(document):
-    seen = check_numbers(render_page(document), document)
+def test_every_number_is_the_reports(report):
+    document = report.to_json()
+    seen = check_numbers(render_page(report), document)
     assert {p for p in numbers(document) - seen if not DRAWN.search(p)} == set()
 
 
-def test_only_what_the_contract_has(document):
-    """A document without any optional key."""
-    plain = bare(document)
-    text = render_page(plain)
-    seen = check_numbers(text, plain)
-    assert "/builds/0/kld/mean" in seen
-    titles = [inside for _, inside in Parsed(text).all("h2")]
-    assert [t.strip() for t in titles] == [
+def check(report: Report) -> set[str]:
+    """The page's numbers are those of the report's JSON."""
+    return check_numbers(render_page(report), json.loads(json.dumps(report.to_json())))
+
+
+def titles(report: Report) -> list[str]:
+    return [inside.strip() for _, inside in Parsed(render_page(report)).all("h2")]
+
+
+def test_only_what_every_report_has(report):
+    """A report without any optional part."""
+    plain = bare(report)
+    assert "/builds/0/kld/mean" in check(plain)
+    assert titles(plain) == [
         "✓ Passed",
         "Parity of builds and engines",
-        "Routing",
         "KL divergence",
-        "Domains of the text",
         "Conditions",
     ]
 
 
-# Keys that may be absent, or null, one at a time.
-OPTIONAL = re.findall(
-    r"\S+",
-    """
-/conditions /noise_floor/kld_stderr /noise_floor/perplexity_ratio /noise_floor/layers
-/noise_floor/domains /noise_floor/domains/en /noise_floor/domains/en/kld_mean
-/builds/0/perplexity_ratio_ci95 /builds/0/kld/ci95 /builds/0/kld/histogram /builds/0/top1_ci95
-/builds/0/routing/ci95 /builds/0/routing/layers/0/experts /builds/0/routing/layers/0/load
-/builds/0/routing/layers/1/reference_load /builds/0/routing/margins /builds/0/domains/en
-/builds/0/positions /builds/0/layers_kld /builds/0/embedding_kld /builds/0/experts
-/builds/0/generation /builds/0/generation/greedy /builds/0/generation/greedy/answers
-/builds/0/generation/greedy/tools /builds/0/generation/greedy/reference
-/builds/0/generation/greedy/capped /builds/0/generation/greedy/longest_repeat
-/builds/0/generation/sampled/sampling /builds/0/warnings /builds/1/routing/local_exact_set
-/builds/1/routing/layers/0/local_exact_set
-""",
-)
+def test_a_dense_model_has_no_routing_on_its_page(report):
+    dense = without_routing(report)
+    assert not any("routing" in pointer for pointer in check(dense))
+    assert "Routing" not in titles(dense)
+    assert "routing" not in Parsed(render_page(dense)).text().lower()
+    assert "#routing" not in render_page(dense)
 
 
-@pytest.mark.parametrize("pointer", OPTIONAL)
-def test_any_optional_key_may_be_absent_or_null(make_document, pointer):
-    parent, _, key = pointer.rpartition("/")
-    document = make_document(layers=2, experts=4, formats=("gguf",))
-    resolve(document, parent)[key] = None
-    check_numbers(render_page(document), document)
-    del resolve(document, parent)[key]
-    check_numbers(render_page(document), document)
+def test_figures_have_one_title(report):
+    parsed = Parsed(render_page(report))
+    (parity,) = (inside for a, inside in parsed.all("table") if a.get("class") == "parity")
+    for figure in columns_of(report):
+        assert figure.heading in parity
+        assert figure.meaning in parsed.text()
 
 
-def bare(document: dict) -> dict:
-    keys = ["path", "format", "engine", "engine_version", "bytes", "bits_per_weight"]
-    keys += ["perplexity", "perplexity_ratio", "top1_agreement", "domains"]
-    builds = [
-        {k: b[k] for k in keys}
-        | {"kld": {k: b["kld"][k] for k in ("mean", "stderr", "median", "p99", "max")}}
-        | {
-            "routing": {
-                "exact_set": b["routing"]["exact_set"],
-                "jaccard": b["routing"]["jaccard"],
-                "layers": [
-                    {k: layer[k] for k in ("layer", "exact_set", "jaccard", "load_shift")}
-                    for layer in b["routing"]["layers"]
-                ],
-            }
-        }
-        for b in document["builds"]
-    ]
-    floor = ("kld_mean", "top1_agreement", "routing_exact_set")
-    return {
-        "checkpoint": document["checkpoint"],
-        "tokens_scored": document["tokens_scored"],
-        "reference": document["reference"],
-        "noise_floor": {k: document["noise_floor"][k] for k in floor},
-        "builds": builds,
-        "passed": True,
-        "failures": [],
-    }
+def first(change: Callable[[BuildReport], BuildReport]) -> Callable[[Report], Report]:
+    """A change of the first build."""
+    return lambda report: replace(report, builds=(change(report.builds[0]), *report.builds[1:]))
 
 
-def test_nothing_is_referred_to_but_places_in_the_page(document):
-    text = render_page(document)
+def routed(**changes: Any) -> Callable[[Report], Report]:
+    """A change of the routing of the first build."""
+
+    def change(build: BuildReport) -> BuildReport:
+        assert build.routing is not None
+        return replace(build, routing=replace(build.routing, **changes))
+
+    return first(change)
+
+
+def generated(**changes: Any) -> Callable[[Report], Report]:
+    """A change of the greedy answers of the first build."""
+
+    def change(build: BuildReport) -> BuildReport:
+        assert build.generation is not None
+        mode = replace(build.generation["greedy"], **changes)
+        return replace(build, generation={**build.generation, "greedy": mode})
+
+    return first(change)
+
+
+def without_layers(report: Report) -> Report:
+    return replace(report, noise_floor=replace(report.noise_floor, layers={}))
+
+
+def without_floor_domains(report: Report) -> Report:
+    return replace(report, noise_floor=replace(report.noise_floor, domains={}))
+
+
+NOTHING = ToolFigures(None, None, None, None, 0)
+# Parts of a report that may be absent, one at a time.
+OPTIONAL: dict[str, Callable[[Report], Report]] = {
+    "floor layers": without_layers,
+    "floor domains": without_floor_domains,
+    "interval": first(lambda b: with_figure(b, KLD, Estimate(0.002, math.nan, (math.nan,) * 2))),
+    "histogram": first(lambda b: replace(b, histogram=Histogram((), ()))),
+    "experts": routed(layers=(LayerRouting(2, 0.9, 0.9, 0.0),)),
+    "margins": routed(margins=()),
+    "routing of one build": first(lambda b: with_figure(replace(b, routing=None), ROUTING, None)),
+    "domains": first(lambda b: replace(b, domains={})),
+    "positions": first(lambda b: replace(b, positions=())),
+    "attribution": first(lambda b: replace(b, attribution=None)),
+    "expert errors": first(
+        lambda b: replace(b, attribution=replace(b.attribution, experts=()))  # type: ignore[type-var]
+    ),
+    "generation": first(lambda b: replace(b, generation=None)),
+    "no tool tasks": generated(tools=NOTHING),
+    "no answers": generated(answers=AnswerFigures(None, None, 0)),
+    "sampling": generated(sampling=None),
+    "capped": generated(capped=None),
+}
+
+
+@pytest.mark.parametrize("part", OPTIONAL)
+def test_any_optional_part_may_be_absent(make_report, part):
+    check(OPTIONAL[part](make_report(layers=2, experts=4, formats=("gguf",))))
+
+
+def bare(report: Report) -> Report:
+    def without(build: BuildReport) -> BuildReport:
+        figures = {f: Estimate(e.value) for f, e in build.figures.items() if not f.routing}
+        return replace(
+            build,
+            figures=figures,
+            histogram=Histogram((), ()),
+            routing=None,
+            domains={},
+            positions=(),
+            facts=(),
+            attribution=None,
+            generation=None,
+            warnings=(),
+        )
+
+    floor = {f: Estimate(e.value) for f, e in report.noise_floor.figures.items() if not f.routing}
+    return replace(
+        report,
+        builds=tuple(map(without, report.builds)),
+        noise_floor=NoiseFloor(floor, {}, {}, ()),
+        failures=(),
+    )
+
+
+def test_nothing_is_referred_to_but_places_in_the_page(report):
+    text = render_page(report)
     parsed = Parsed(text)
     ids = [a["id"] for _, a, _ in parsed.elements if "id" in a]
     assert len(ids) == len(set(ids))
@@ -221,64 +292,74 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
-def test_hostile_text_stays_text(document, text):
-    bad = copy.deepcopy(document)
-    bad["checkpoint"] = text
-    bad["conditions"] |= {"text_sha256": text, "device": text}
-    for build in bad["builds"][:3]:
-        build |= {"path": text, "format": text, "engine": text, "engine_version": text}
-        build["warnings"] = [text]
-        build["domains"] = {text: build["domains"]["en"]}
-    bad["builds"][0]["generation"] = {text: bad["builds"][0]["generation"]["greedy"]}
-    bad["noise_floor"]["domains"] = {text: {"kld_mean": 0.001, "top1_agreement": 0.99}}
-    failure = {"path": text, "engine": text, "figure": text, "found": 1.0, "limit": 2.0}
-    bad["failures"] = [failure | {"why": text}]
+def test_hostile_text_stays_text(report, text):
+    builds = [
+        replace(
+            b,
+            path=text,
+            format=text,
+            engine=text,
+            engine_version=text,
+            warnings=(text,),
+            domains={text: b.domains["en"]},
+        )
+        for b in report.builds[:3]
+    ]
+    assert builds[0].generation is not None
+    builds[0] = replace(builds[0], generation={text: builds[0].generation["greedy"]})
+    floor = report.noise_floor
+    bad = replace(
+        report,
+        checkpoint=text,
+        conditions=replace(report.conditions, text_sha256=text, device=text),
+        builds=(*builds, *report.builds[3:]),
+        noise_floor=replace(floor, domains={text: floor.domains["en"]}),
+        failures=(Failure(text, text, text, 1.0, 2.0, text, text, "number"),),
+    )
     rendered = render_page(bad)
     rendered.encode()  # no lone surrogate
-    check_numbers(rendered, bad)
-    expected = [tag for tag, _, _ in Parsed(render_page(document)).elements]
+    check_numbers(rendered, bad.to_json())
+    expected = [tag for tag, _, _ in Parsed(render_page(report)).elements]
     found = {tag for tag, _, _ in Parsed(rendered).elements}
     assert found <= set(expected)
     assert not re.search(r"[\x00\x1b\u202e]", rendered)
     assert "7 * 7" in rendered or "7 * 7" not in text
 
 
-def test_what_is_no_number_is_a_dash(document):
-    odd = copy.deepcopy(document)
-    build = odd["builds"][0]
-    build["perplexity"] = build["perplexity_ratio"] = build["kld"]["mean"] = float("nan")
-    build["kld"]["max"] = float("inf")
-    build["kld"]["ci95"] = [float("nan"), float("nan")]
-    build["routing"]["layers"][0]["experts"][3] = None
+def test_what_is_no_number_is_a_dash(report):
+    (layer, *layers) = report.builds[0].routing.layers
+    layer = replace(layer, experts=(math.nan, *layer.experts[1:]))
+    (build, *builds) = routed(layers=(layer, *layers))(report).builds
+    for figure in (PERPLEXITY, PERPLEXITY_RATIO, KLD):
+        build = with_figure(build, figure, NAN)
+    build = with_figure(build, KLD_MAX, Estimate(math.inf))
+    odd = replace(report, builds=(build, *builds))
     rendered = render_page(odd)
     assert "NaN" not in rendered
     assert "nan" not in re.sub(r"[a-z]nan|nan[a-z]", "", rendered)
-    build["perplexity"] = build["perplexity_ratio"] = build["kld"]["mean"] = None
-    build["kld"] |= {"max": None, "ci95": [None, None]}
-    check_numbers(rendered, odd)
+    check(odd)
 
 
-def test_heat_map_shows_every_expert(document):
-    parsed = Parsed(render_page(document))
+def test_heat_map_shows_every_expert(report):
+    parsed = Parsed(render_page(report))
     rects = [a["class"] for a, _ in parsed.all("rect")]
-    layers = [x for b in document["builds"] for x in b["routing"]["layers"]]
-    shares = [e for layer in layers for e in layer["experts"]]
+    shares = [e for b in report.builds for layer in b.routing.layers for e in layer.experts]
     assert sum(c != "bar" for c in rects) == len(shares)
-    chart = heat_map(document["builds"][0]["routing"]["layers"])
+    layers = report.builds[0].routing.layers
+    chart = heat_map(layers)
     assert chart is not None
     cells = [c for row in chart.rows for c in row.cells]
-    first = document["builds"][0]["routing"]["layers"]
-    titles = [
-        f"layer {x['layer']}, expert {i}: {format_figure(e, 'share')}"
-        for x in first
-        for i, e in enumerate(x["experts"])
+    names = [
+        f"layer {layer.layer}, expert {i}: {format_figure(e, 'share')}"
+        for layer in layers
+        for i, e in enumerate(layer.experts)
     ]
-    assert [c.title.partition(";")[0] for c in cells] == titles
+    assert [c.title.partition(";")[0] for c in cells] == names
     assert {c.step for c in cells} <= set(range(7))
 
 
-def test_the_verdict_comes_first_and_names_what_missed(document):
-    text = render_page(document)
+def test_the_verdict_comes_first_and_names_what_missed(report):
+    text = render_page(report)
     assert "<title>lfm2moe-tiny: missed " in text
     (start,) = (
         re.sub(r"\s+", " ", inside)
@@ -290,33 +371,32 @@ def test_the_verdict_comes_first_and_names_what_missed(document):
     assert "builds/lfm2moe-tiny-int4-onnx in onnxruntime: mean KLD is 0.00912" in start
     assert "mean KLD in ja is 0.00" in start
     assert "max_kld = 0.005" in start
-    assert re.search("bos_token_id is not the checkpoint.s the build says 5", start)
+    assert re.search("bos_token_id differs from the checkpoint.s the build says 5", start)
     assert "lfm2moe-tiny-int4-onnx: bos_token_id is 5, the checkpoint's 1" in Parsed(text).text()
-    assert "same experts, local is not measured, limit 0.9990" in start
+    assert "local routing agreement is not measured, limit 0.9990" in start
     assert "generation is not measured [generation] has limits" in start
     missed = [inside for a, inside in Parsed(text).all("td") if a.get("class") == "missed"]
     assert [m.split("✕")[1].strip() for m in missed] == ["limit 0.9990", "limit 0.00500"]
 
 
-def test_tables_are_tables(document):
-    parsed = Parsed(render_page(document))
+def test_tables_are_tables(report):
+    parsed = Parsed(render_page(report))
     assert len(parsed.all("table")) == len(parsed.all("caption")) > 10
     assert all("scope" in a for a, _ in parsed.all("th"))
     drawings = [a for a, _ in parsed.all("svg") if a.get("aria-hidden") != "true"]
     assert all(a["role"] == "img" and "aria-labelledby" in a for a in drawings)
 
 
-def test_builds_that_share_format_and_engine_are_told_apart(document):
-    twice = copy.deepcopy(document)
-    twice["builds"] = [twice["builds"][0], copy.deepcopy(twice["builds"][0])]
-    twice["builds"][1]["path"] = "builds/lfm2moe-tiny-int8.gguf"
-    text = render_page(twice)
+def test_builds_that_share_format_and_engine_are_told_apart(report):
+    first = report.builds[0]
+    other = replace(first, path="builds/lfm2moe-tiny-int8.gguf")
+    text = render_page(replace(report, builds=(first, other), failures=()))
     assert "lfm2moe-tiny-int8.gguf · read" in text
     assert "lfm2moe-tiny-int4.gguf · read" in text
 
 
-def test_the_same_document_gives_the_same_page(document):
-    assert render_page(document) == render_page(json.loads(json.dumps(document)))
+def test_the_same_report_gives_the_same_page(make_report):
+    assert render_page(make_report()) == render_page(make_report())
 
 
 def luminance(colour: str) -> float:

@@ -162,10 +162,10 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def page(browser, document, tmp_path_factory) -> Browser:
+def page(browser, report, tmp_path_factory) -> Browser:
     """The browser with the page of all formats and engines in it."""
     path = tmp_path_factory.mktemp("page") / "report.html"
-    path.write_text(render_page(document), "utf-8")
+    path.write_text(render_page(report), "utf-8")
     browser.show(1280)
     browser.open(path)
     return browser
