@@ -238,7 +238,7 @@ def test_tokenizer_larger_than_the_vocabulary(make_checkpoint, tmp_path):
     assert empty(tmp_path / "out")
     shown = lfmq("inspect", folder)
     assert shown.exit_code == 0
-    assert "odd: the tokenizer has 8,192 tokens" in shown.stdout
+    assert "warning: the tokenizer has 8,192 tokens" in shown.stdout
 
 
 @pytest.mark.parametrize(
