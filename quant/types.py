@@ -148,6 +148,8 @@ def dequantize(q: Quantized) -> NDArray[np.float32]:
         ValueError: an array that the grid needs is missing.
     """
     grid, scheme = GRIDS[q.scheme.grid], q.scheme
+    if scheme.has_offset and q.offset is None:
+        raise ValueError(f"a weight on the {grid.name} grid has no offsets")
     groups = q.codes.reshape(*q.codes.shape[:-1], -1, scheme.group)
     if grid.levels is None:
         level = groups.astype(np.float32)

@@ -16,21 +16,16 @@ GROUPS = (32, 64, 128)
 
 
 def _with_bias(level: F32, scale: Array, offset: Array | None, *_: object) -> F32:
+    assert offset is not None
     level = scaled(level, scale)
-    level += _wide(offset)
+    level += offset.astype(np.float32)[..., None]
     return level
 
 
 def _with_zero_point(level: F32, scale: Array, offset: Array | None, *_: object) -> F32:
-    level -= _wide(offset)
+    assert offset is not None
+    level -= offset.astype(np.float32)[..., None]
     return scaled(level, scale)
-
-
-def _wide(offset: Array | None) -> F32:
-    if offset is None:
-        raise ValueError("a weight on an affine grid has no offsets")
-    found: F32 = offset.astype(np.float32)[..., None]
-    return found
 
 
 AFFINE_BIAS = Grid(

@@ -13,7 +13,7 @@ from lfmq.quant.grid import F32, Form, Stored
 from lfmq.quant.kquant.kernels import descend_parts, quantize_rows, round_parts, search_block
 from lfmq.quant.kquant.search import MOVES, SPANS, TARGETS
 from lfmq.quant.kquant.spec import KQUANT_BLOCK
-from lfmq.quant.kquant.torch_body import Width, choose, refit_codes, refit_scales
+from lfmq.quant.kquant.torch_body import choose, nearest, refit_codes, refit_scales
 from lfmq.quant.kquant.torch_body import search_block as search_block_torch
 from lfmq.quant.simd import whole_lanes
 from lfmq.quant.state import UNSOUND, Bodies, GridState, by_rows
@@ -104,7 +104,8 @@ class _Compiled(_KquantState):
     def search_block(self, index: int, w: T, cost: T) -> None:
         """Choose d and dmin of a block."""
         rows, pair = w.contiguous().numpy(), self.pair[index].numpy()
-        self.sound = bool(search_block(rows, cost.numpy(), *_constants(self.form), pair))
+        found = search_block(rows, cost.numpy(), *_constants(self.form), pair)
+        self.sound = bool(found) and self.sound
 
     def round(self, index: int, w: T, factor: T, cost: T) -> T:
         """Choose sub_scale and sub_min of 32 columns and round them."""
@@ -132,26 +133,21 @@ class _Compiled(_KquantState):
 
 
 class _Torch(_KquantState):
-    def __init__(self, form: Form, rows: int, columns: int, device: torch.device) -> None:
-        super().__init__(form, rows, columns, device)
-        zero = form.zero_point
-        self.width = Width(form.bits, not form.has_offset, -zero, form.highest_code - zero)
-
     def search_block(self, index: int, w: T, cost: T) -> None:
         """Choose d and dmin of a block."""
-        search_block_torch(w, cost, self.form.group, self.width, self.pair[index])
+        search_block_torch(w, cost, self.form, self.pair[index])
 
     def round(self, index: int, w: T, factor: T, cost: T) -> T:
         """Choose sub_scale and sub_min of 32 columns and round them."""
         self.sound = self.sound & (w.abs() <= LARGEST).all()
         error, (d, dmin) = torch.empty_like(w), self.block_of(index)
         for i, part in enumerate(self._sub_blocks()):
-            codes = choose(w[:, part], cost[part], self.width, self.block_of(index))
+            codes = choose(w[:, part], cost[part], self.form, self.block_of(index))
             self.sub_scale[index, i], self.sub_min[index, i] = codes
             size, below = d * codes[0], dmin * codes[1]
             inverse = inverse_of(size)
             for c in range(part.start, part.stop):
-                q = self.width.nearest((w[:, c] + below) * inverse)
+                q = nearest((w[:, c] + below) * inverse, self.form)
                 self.level[index, :, c] = q
                 error[:, c] = (w[:, c] - (q * size - below)) / factor[c, c]
                 w[:, c + 1 :] -= error[:, c, None] * factor[c, c + 1 :]
@@ -164,7 +160,7 @@ class _Torch(_KquantState):
             q, g, within = self.level[index, :, part], gradient[:, part], h[part, part]
             sub_scale, sub_min = self.sub_scale[index, i], self.sub_min[index, i]
             new_scale, new_min = refit_codes(
-                q, g, within, self.width, self.block_of(index), (sub_scale, sub_min)
+                q, g, within, self.form, self.block_of(index), (sub_scale, sub_min)
             )
             moved = q * (d * (new_scale - sub_scale))[:, None]
             moved -= (dmin * (new_min - sub_min))[:, None]
@@ -175,7 +171,7 @@ class _Torch(_KquantState):
             inverse = inverse_of(size)
             for j in range(part.start, part.stop):
                 before = self.level[index, :, j].clone()
-                new = self.width.nearest(before - gradient[:, j] / h[j, j] * inverse)
+                new = nearest(before - gradient[:, j] / h[j, j] * inverse, self.form)
                 self.level[index, :, j] = new
                 step = (new - before) * size
                 change[:, j] += step

@@ -6,10 +6,9 @@ search: losses are equal to 2 %, codes are not (tests/quant/kquant/test_torch_bo
 sub-blocks of g columns, M rows of sub-blocks.
 """
 
-from typing import NamedTuple
-
 import torch
 
+from lfmq.quant.grid import Form
 from lfmq.quant.kquant.search import MOVES, SPANS, TARGETS
 from lfmq.quant.torch_math import divide, half, inverse_of
 
@@ -21,58 +20,45 @@ _ALIKE = 2.0**-16
 T = torch.Tensor
 
 
-class Width(NamedTuple):
-    """What the grid is with some bits.
-
-    Attributes:
-        bits: of a code.
-        signed: whether levels have a sign, and there is no dmin.
-        low: lowest level.
-        high: highest.
-    """
-
-    bits: int
-    signed: bool
-    low: int
-    high: int
-
-    def nearest(self, value: T) -> T:
-        """The nearest levels."""
-        return value.round().clamp(self.low, self.high)
-
-    def nearest_sub_scale(self, value: T) -> T:
-        """The nearest codes of scales."""
-        return value.round().clamp(*((-128, 127) if self.signed else (0, 63)))
+def nearest(value: T, form: Form) -> T:
+    """The nearest levels."""
+    zero = form.zero_point
+    return value.round().clamp(-zero, form.highest_code - zero)
 
 
-def search_block(x: T, h: T, group: int, kind: Width, pair: T) -> None:
+def _nearest_sub_scale(value: T, form: Form) -> T:
+    return value.round().clamp(0, 63) if form.has_offset else value.round().clamp(-128, 127)
+
+
+def search_block(x: T, h: T, form: Form, pair: T) -> None:
     """Fill in d and dmin, ``pair`` [2, N], of a block [N, 256] with importance h [256]."""
+    group = form.group
     parts, importance = x.reshape(-1, group), h.reshape(-1, group).repeat(len(x), 1)
-    s, m = (found.view(len(x), -1) for found in _fit(parts, importance, kind))
-    if kind.signed:
+    s, m = (found.view(len(x), -1) for found in _fit(parts, importance, form))
+    if not form.has_offset:
         widest = s.gather(1, s.abs().argmax(1, keepdim=True))[:, 0]
         pair[0], pair[1] = half(widest / -128), 0
     else:
         pair[0], pair[1] = half(s.amax(1) / 63), half(m.amax(1) / 63)
 
 
-def choose(x: T, h: T, kind: Width, pair: T) -> tuple[T, T]:
+def choose(x: T, h: T, form: Form, pair: T) -> tuple[T, T]:
     """sub_scale and sub_min [N] of a sub-block [N, g] with importance h [g]."""
     d, dmin = pair
-    s, m = _fit(x, h[None], kind)
+    s, m = _fit(x, h[None], form)
     first = (s * inverse_of(d)).round()
     best, sub_scale = torch.full_like(d, torch.inf), torch.zeros_like(d)
     sub_min = torch.zeros_like(d)
     for beside in (-1, 0, 1):
-        code = kind.nearest_sub_scale(first + beside)
+        code = _nearest_sub_scale(first + beside, form)
         size = d * code
         inverse, lowered = inverse_of(size), torch.zeros_like(code)
-        if not kind.signed:
-            q = kind.nearest((x + m[:, None]) * inverse[:, None])
+        if form.has_offset:
+            q = nearest((x + m[:, None]) * inverse[:, None], form)
             wanted = (h * (size[:, None] * q - x)).sum(1) / h.sum()
             lowered = divide(wanted, dmin).round().clamp(0, 63)
         below = (dmin * lowered)[:, None]
-        q = kind.nearest((x + below) * inverse[:, None])
+        q = nearest((x + below) * inverse[:, None], form)
         error = (h * (x - q * size[:, None] + below).square()).sum(1)
         better = error < best
         best = torch.where(better, error, best)
@@ -81,13 +67,13 @@ def choose(x: T, h: T, kind: Width, pair: T) -> tuple[T, T]:
     return sub_scale, sub_min
 
 
-def _fit(x: T, h: T, kind: Width) -> tuple[T, T]:
+def _fit(x: T, h: T, form: Form) -> tuple[T, T]:
     """Real scale and offset [M] of sub-blocks [M, g], x = s q - m; h [M, g] or [1, g]."""
-    return _fit_signed(x, h, kind) if kind.signed else _fit_shifted(x, h, kind)
+    return _fit_shifted(x, h, form) if form.has_offset else _fit_signed(x, h, form)
 
 
-def _fit_shifted(x: T, h: T, kind: Width) -> tuple[T, T]:
-    top, bits = kind.high, kind.bits
+def _fit_shifted(x: T, h: T, form: Form) -> tuple[T, T]:
+    top, bits = form.highest_code, form.bits
     low, high = x.amin(1).clamp(max=0), x.amax(1).clamp(min=0)
     width = torch.where(high - low >= _FLAT, high - low, 0)
     middle = low + width * 0.5
@@ -116,12 +102,12 @@ def _fit_shifted(x: T, h: T, kind: Width) -> tuple[T, T]:
     return s, m
 
 
-def _fit_signed(x: T, h: T, kind: Width) -> tuple[T, T]:
+def _fit_signed(x: T, h: T, form: Form) -> tuple[T, T]:
     peak = x.gather(1, x.abs().argmax(1, keepdim=True))[:, 0]
     best, s = torch.full_like(peak, -torch.inf), torch.zeros_like(peak)
     for target in (*TARGETS.tolist(), None):
         inverse = inverse_of(s) if target is None else divide(torch.full_like(s, -target), peak)
-        q = (x * inverse[:, None]).round().clamp(kind.low, kind.high)
+        q = nearest(x * inverse[:, None], form)
         qx, q2 = (h * q * x).sum(1), (h * q * q).sum(1)
         fitted = divide(qx, q2)
         better = fitted * qx > best
@@ -171,14 +157,14 @@ def refit_scales(
     return along * by[:, None] - sub_min * up[:, None]
 
 
-def refit_codes(q: T, g: T, h: T, kind: Width, pair: T, now: tuple[T, T]) -> tuple[T, T]:
+def refit_codes(q: T, g: T, h: T, form: Form, pair: T, now: tuple[T, T]) -> tuple[T, T]:
     """sub_scale and sub_min [N] moved to whole numbers of less loss.
 
     Args:
         q: levels [N, g] of a sub-block.
         g: gradient [N, g], half the loss's.
         h: moments within the sub-block, [g, g].
-        kind: of the grid.
+        form: of the weight.
         pair: d and dmin, [2, N].
         now: what they are.
     """
@@ -187,15 +173,15 @@ def refit_codes(q: T, g: T, h: T, kind: Width, pair: T, now: tuple[T, T]) -> tup
     aa, ab, bb = (q * hq).sum(1), hq.sum(1), h.sum()
     down_a, down_b = -(q * g).sum(1), -g.sum(1)
     move, rest = divide(down_a, aa), aa * bb - ab * ab
-    if not kind.signed:
+    if form.has_offset:
         joint = (bb * down_a - ab * down_b) / rest
         move = torch.where(rest > _ALIKE * aa * bb, joint, move)
     below = (sub_scale + move * inverse_of(d) - 0.5).round()
     best, new_scale, new_min = torch.zeros_like(d), sub_scale, sub_min
     for trial in (sub_scale, below, below + 1):
-        candidate, other = kind.nearest_sub_scale(trial), sub_min
+        candidate, other = _nearest_sub_scale(trial, form), sub_min
         by = d * (candidate - sub_scale)
-        if not kind.signed:
+        if form.has_offset:
             wanted = sub_min - (down_b - ab * by) / bb * inverse_of(dmin)
             other = wanted.round().clamp(0, 63)
         up = dmin * (sub_min - other)
