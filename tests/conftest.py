@@ -71,6 +71,12 @@ def sample_folder() -> Path:
 
 
 @pytest.fixture(scope="session")
+def sample_dense_folder() -> Path:
+    """The trained dense sample checkpoint."""
+    return ROOT / "samples" / "lfm2-tiny"
+
+
+@pytest.fixture(scope="session")
 def ggml() -> ctypes.CDLL:
     """ggml's own library, from libggml-python."""
     spec = importlib.util.find_spec("libggml")
@@ -208,9 +214,9 @@ def transformers_model() -> Callable[..., object]:
     transformers = pytest.importorskip("transformers")
 
     def make(config: dict[str, object], read: Callable[[str], NDArray[np.float32]]) -> object:
-        kind = "Lfm2" if config["model_type"] == "lfm2" else "Lfm2Moe"
-        made = getattr(transformers, f"{kind}Config")(**config)
-        model = getattr(transformers, f"{kind}ForCausalLM")(made).eval()
+        kind = "Lfm2Moe" if config["model_type"] == "lfm2_moe" else "Lfm2"
+        settings = getattr(transformers, f"{kind}Config")(**config)
+        model = getattr(transformers, f"{kind}ForCausalLM")(settings).eval()
         with torch.no_grad():
             for name, parameter in model.state_dict().items():
                 prefix, _, fused = name.rpartition(".experts.")

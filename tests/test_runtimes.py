@@ -51,7 +51,7 @@ class Case:
     logits: NDArray[np.float32]
 
 
-@pytest.fixture(scope="module", params=["int4", "int8", "int4-all", "dense int4-all"])
+@pytest.fixture(scope="module", params=["int4", "int8", "int4-all", "dense int4"])
 def model(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
