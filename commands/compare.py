@@ -25,9 +25,9 @@ from lfmq.validation.measure.compare import compare as compare_builds
 def compare(checkpoint: str, a: Path, b: Path, text: Text, engine: Engine, common: Common) -> None:
     """Compare two builds of one checkpoint on the same tokens, figure by figure.
 
-    A and B are run beside the checkpoint. Each difference has a 95 % interval from a bootstrap
-    over windows; where it holds zero no difference is shown. Without --text the sample's
-    evaluation text is used.
+    Runs the checkpoint, A and B. Each difference has a 95 % interval from a bootstrap over
+    windows; an interval that contains zero shows no difference. Without --text it uses the
+    sample's evaluation text.
     """
     opened = common.open(checkpoint)
     torch.set_num_threads(common.threads)
@@ -49,6 +49,6 @@ def compare(checkpoint: str, a: Path, b: Path, text: Text, engine: Engine, commo
     print_tables(differences_table(found))
     top = found.top1
     click.echo(
-        f"the reference's most likely token: {top.only_a} positions only A, {top.only_b} only B, "
-        f"McNemar p = {top.p:.3g}"
+        f"positions where one build alone has the reference's most likely token: A {top.only_a}, "
+        f"B {top.only_b}; McNemar's p = {top.p:.3g}"
     )

@@ -23,7 +23,7 @@ from lfmq.converter.statistics.statistics import Statistics
 from lfmq.formats.build import Format
 from lfmq.formats.registry import FORMATS
 from lfmq.quant.errors import RecipeError, ValidationError
-from lfmq.validation.gate.thresholds import LIMITS, Thresholds, load_thresholds
+from lfmq.validation.gate.thresholds import LIMITS, Thresholds, load_thresholds, sense_of
 from lfmq.validation.measure.report import Report
 from lfmq.validation.pages.files import check_writable, write_report
 from lfmq.validation.pages.markdown import render_markdown
@@ -328,7 +328,11 @@ def gate_options(command: Command) -> Command:
         return command(gate=Gate(given.pop("thresholds"), limits), **given)
 
     options = [
-        click.option(f"--{key.replace('_', '-')}", type=float, help=figure.limit_help)
+        click.option(
+            f"--{key.replace('_', '-')}",
+            type=float,
+            help=f"{'Highest' if sense_of(key) == 'max' else 'Lowest'} {figure.heading}.",
+        )
         for key, figure in LIMITS.items()
     ]
     thresholds = click.option(

@@ -46,7 +46,11 @@ THRESHOLD_MISSED = 3
     "runtime. May be repeated.",
 )
 @task_options
-@click.option("--by-layer", is_flag=True, help="Also the divergence of each layer and expert.")
+@click.option(
+    "--by-layer",
+    is_flag=True,
+    help="Also measure the KLD of each layer and the error of each expert.",
+)
 @gate_options
 @report_options
 @common_options
@@ -63,10 +67,10 @@ def validate(
     reports: Reports,
     common: Common,
 ) -> None:
-    """Compare builds with their checkpoint: perplexity, KL divergence, routing, answers to tasks.
+    """Measure how close each build is to its checkpoint: KL divergence, routing, answers to tasks.
 
-    Every build is opened again and run on the same tokens as the checkpoint. Exits with status 3
-    when a limit is missed. Without --text the sample's evaluation text is used.
+    Opens every build again and runs it on the same tokens as the checkpoint. Exits with status 3
+    when a limit is missed. Without --text it uses the sample's evaluation text.
     """
     reports.check()
     opened = common.open(checkpoint)

@@ -61,7 +61,7 @@ class Figure:
         meaning: a definition, for readers of a report.
         less_is_better: which way is nearer to the reference.
         mean: how it follows from a value at each position.
-        of: how it follows from a run, for figures without ``mean``.
+        of: how it follows from a run, for figures without ``mean``; None where a run lacks it.
         scopes: where it stands beside a build's object.
         stem: before ``stderr`` and ``ci95`` in the JSON; empty for figures without an interval.
             Such a figure is held to the gate's baseline and drawn with its interval.
@@ -71,7 +71,6 @@ class Figure:
         in_tables: a column of the parity tables.
         routing: only a model with experts has it.
         limits: its limits in TOML; that of ``max_kld`` on the command line is ``--max-kld``.
-        limit_help: for the command line's help.
         missing: why a run may lack it, for the gate.
     """
 
@@ -89,7 +88,6 @@ class Figure:
     in_tables: bool = False
     routing: bool = False
     limits: tuple[str, ...] = ()
-    limit_help: str = ""
     missing: str = ""
 
     @property
@@ -127,7 +125,6 @@ KLD = Figure(
     compared=True,
     in_tables=True,
     limits=("max_kld",),
-    limit_help="Highest mean KL divergence, nats per token.",
 )
 KLD_MEDIAN = Figure(
     "kld.median",
@@ -143,7 +140,6 @@ KLD_P99 = Figure(
     less_is_better=True,
     of=lambda run: float(np.quantile(run.scores.kld, 0.99)),
     limits=("max_kld_p99",),
-    limit_help="Highest 99th percentile of the KL divergence, nats.",
 )
 KLD_MAX = Figure(
     "kld.max",
@@ -171,7 +167,6 @@ PERPLEXITY_RATIO = Figure(
     stem="perplexity_ratio_",
     in_tables=True,
     limits=("max_perplexity_ratio",),
-    limit_help="Highest perplexity ratio.",
 )
 TOP1 = Figure(
     "top1_agreement",
@@ -184,7 +179,6 @@ TOP1 = Figure(
     compared=True,
     in_tables=True,
     limits=("min_top1",),
-    limit_help="Lowest share of positions with the same most likely token.",
 )
 ROUTING = Figure(
     "routing.exact_set",
@@ -198,7 +192,6 @@ ROUTING = Figure(
     in_tables=True,
     routing=True,
     limits=("min_routing",),
-    limit_help="Lowest share of (token, layer) pairs with the same set of experts.",
 )
 JACCARD = Figure(
     "routing.jaccard",
@@ -218,7 +211,6 @@ LOCAL_ROUTING = Figure(
     in_tables=True,
     routing=True,
     limits=("min_local_routing",),
-    limit_help="Lowest routing agreement with the reference's hidden states as router inputs.",
     missing="only --engine native measures it",
 )
 LOAD_SHIFT = Figure(
@@ -231,17 +223,9 @@ LOAD_SHIFT = Figure(
 )
 
 FIGURES = (
-    KLD,
-    KLD_MEDIAN,
-    KLD_P99,
-    KLD_MAX,
-    PERPLEXITY,
-    PERPLEXITY_RATIO,
-    TOP1,
-    ROUTING,
-    JACCARD,
-    LOCAL_ROUTING,
-    LOAD_SHIFT,
+    *(KLD, KLD_MEDIAN, KLD_P99, KLD_MAX),
+    *(PERPLEXITY, PERPLEXITY_RATIO, TOP1),
+    *(ROUTING, JACCARD, LOCAL_ROUTING, LOAD_SHIFT),
 )
 
 # Of each mode of the generation check; keys are places in :class:`GenerationFigures`.
