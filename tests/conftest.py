@@ -32,6 +32,7 @@ from lfmq.quant.types import (
     Storage,
     Weight,
 )
+from lfmq.tests.kernels import compile_once
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -44,6 +45,7 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("lfmq")
+compile_once()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

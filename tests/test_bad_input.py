@@ -286,10 +286,11 @@ def test_full_disk(make_checkpoint, tmp_path):
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
 
-    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    checkpoint = make_checkpoint()
+    assert convert(checkpoint, tmp_path / "whole").exit_code == 0  # also compiles the kernels
     done = run(
-        "convert", make_checkpoint(), "--output", tmp_path / "out", "--uncalibrated", "--quiet",
-        preexec_fn=limit, env=environment,
+        "convert", checkpoint, "--output", tmp_path / "out", "--uncalibrated", "--quiet",
+        preexec_fn=limit,
     )  # fmt: skip
     assert done.returncode == 1
     assert done.stderr.startswith("Error: ")

@@ -58,7 +58,7 @@ def definition(w: F32, scheme: Scheme, importance: F32 | None) -> tuple[F32, NDA
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("group", [32, 64, 128])
 @pytest.mark.parametrize("weighted", [False, True])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**31), rows=st.integers(1, 35))
 def test_equals_definition(bits: int, group: int, weighted: bool, seed: int, rows: int) -> None:
     rng = np.random.default_rng(seed)
@@ -83,7 +83,7 @@ def test_equals_definition(bits: int, group: int, weighted: bool, seed: int, row
         elements=st.floats(-1e4, 1e4, width=32, allow_nan=False),
     )
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_error_is_bounded_by_the_step(bits: int, w: F32) -> None:
     q = quantize(w, Scheme(bits))
     assert q.codes.min() >= q.scheme.lowest_code

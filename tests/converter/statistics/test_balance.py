@@ -56,7 +56,7 @@ def test_the_rest_keeps_domains_mixed():
     assert [domains[i] for i in chosen].count("b") == 3
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(1, 12), st.integers(1, 3), st.integers(1, 4), st.integers(1, 15),
     st.integers(0, 60), st.integers(0, 2**32 - 1),

@@ -64,7 +64,7 @@ def assert_all_decode_the_same(packed: U8, expected: Quantized, ggml: ctypes.CDL
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**31))
 def test_any_legal_bytes(scheme: Scheme, seed: int, ggml: ctypes.CDLL) -> None:
     rng = np.random.default_rng(seed)
@@ -77,7 +77,7 @@ def test_any_legal_bytes(scheme: Scheme, seed: int, ggml: ctypes.CDLL) -> None:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 2**31), rows=st.integers(1, 20))
 def test_quantized_weights(scheme: Scheme, seed: int, rows: int, ggml: ctypes.CDLL) -> None:
     rng = np.random.default_rng(seed)

@@ -45,7 +45,7 @@ def path(tmp_path_factory):
     return tmp_path_factory.mktemp("headers") / "model.safetensors"
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(JUNK, st.sampled_from(["dtype", "shape", "data_offsets", None]))
 def test_any_header_is_read_or_refused_by_name(path, junk, key):
     document = {"a": junk if key is None else ROW | {key: junk}}
@@ -53,7 +53,7 @@ def test_any_header_is_read_or_refused_by_name(path, junk, key):
     assert message is None or message.startswith(str(path))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.binary(max_size=60))
 def test_any_bytes_are_read_or_refused_by_name(path, content):
     path.write_bytes(content)

@@ -139,7 +139,7 @@ def test_golden_bytes_of_a_row() -> None:
     group=st.sampled_from((32, 64, 128)),
     seed=st.integers(0, 2**32 - 1),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_mlx_dequantizes_any_finite_grid_exactly(bits: int, group: int, seed: int) -> None:
     """Scales and offsets of every finite float16, subnormals too, in float32 arithmetic."""
     rng = np.random.default_rng(seed)

@@ -203,7 +203,7 @@ def test_golden_bytes_of_zero_points() -> None:
 
 
 @given(bits=st.sampled_from((4, 8)), groups=st.integers(1, 7), seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_packing_is_lossless(bits: int, groups: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     scheme = Scheme(bits, 32, "affine_zero_point")

@@ -137,7 +137,7 @@ def assert_same(found: Quantized, expected: Quantized) -> None:
 @pytest.mark.parametrize(("grid", "bits"), CASES)
 @pytest.mark.parametrize("group", [32, 64, 128])
 @pytest.mark.parametrize("weighted", [False, True])
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 2**31), rows=st.integers(1, 35))
 def test_equals_definition(
     grid: str, bits: int, group: int, weighted: bool, seed: int, rows: int
@@ -161,7 +161,7 @@ def test_equals_definition(
         np.float32, (3, 64), elements=st.floats(-65504, 65504, width=32, allow_subnormal=True)
     )
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_error_is_bounded_by_the_step(grid: str, bits: int, w: F32) -> None:
     q = quantize(w, Scheme(bits, 32, grid))
     assert_same(q, definition(w, q.scheme, None))

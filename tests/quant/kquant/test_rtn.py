@@ -236,7 +236,7 @@ def assert_equal(found: Quantized, expected: tuple[F32, ...]) -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize("weighted", [False, True])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**31), rows=st.integers(1, 35))
 def test_equals_definition(scheme: Scheme, weighted: bool, seed: int, rows: int) -> None:
     rng = np.random.default_rng(seed)
@@ -258,7 +258,7 @@ def test_equals_definition(scheme: Scheme, weighted: bool, seed: int, rows: int)
         np.float32, (3, 256), elements=st.floats(-65504, 65504, width=32, allow_subnormal=True)
     )
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_any_weights_stay_sound(scheme: Scheme, w: F32) -> None:
     q = quantize(w, scheme)
     assert all(np.isfinite(a).all() for a in q.arrays())
