@@ -1,12 +1,13 @@
-# make demo   convert and validate the sample        make check  lint, types, import rules, docs
-# make test   the test suite                         make docs   write docs/cli.md anew
-# make bench  speed, memory and size at real size    make clean  remove what the above made
+# make demo   convert and validate the sample        make check      lint, types, import rules, docs
+# make test   the test suite but its slow tests      make test-slow  the slow tests
+# make bench  speed, memory and size at real size    make docs       write docs/cli.md anew
+# make clean  remove what the above made
 
 PYTHON ?= python3
 WORKERS ?= 2
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: demo test check docs bench venv clean
+.PHONY: demo test test-slow check docs bench venv clean
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install -qq -c constraints.txt
@@ -19,8 +20,13 @@ demo: .venv/.runtime
 	$(BIN)/lfmq validate sample $(DEMO).gguf $(DEMO)-mlx $(DEMO)-onnx --sequence 256
 
 # One thread a worker: two pools of spinning threads on two cores take six times as long.
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=15
+
 test: .venv/.complete
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST)
+	$(TESTS) -m "not slow" $(PYTEST)
+
+test-slow: .venv/.complete
+	$(TESTS) -m slow $(PYTEST)
 
 check: .venv/.complete
 	$(BIN)/ruff check .
