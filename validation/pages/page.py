@@ -16,7 +16,7 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from lfmq.validation.measure.figures import KLD, PERPLEXITY, ROUTING
+from lfmq.validation.measure.figures import KLD, PERPLEXITY, PERPLEXITY_RATIO, ROUTING
 from lfmq.validation.measure.report import Report, columns_of
 from lfmq.validation.pages.chart_set import draw
 from lfmq.validation.pages.generation_table import HEADINGS, generation_rows
@@ -51,6 +51,7 @@ def render_page(report: Report) -> str:
         misses=list_misses(report),
         columns=columns,
         perplexity=PERPLEXITY,
+        ratio=PERPLEXITY_RATIO,
         floor={
             figure: number(
                 floor.figures[figure].value, f"/noise_floor/{figure.flat_key}", figure.kind
