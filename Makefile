@@ -1,13 +1,13 @@
 # make demo   convert and validate the sample        make check      lint, types, import rules, docs
 # make test   the test suite but its slow tests      make test-slow  the slow tests
 # make bench  speed, memory and size at real size    make docs       write docs/cli.md anew
-# make clean  remove what the above made
+# make clean  remove what the above made             make api-docs   the API reference, build/api
 
 PYTHON ?= python3
 WORKERS ?= 2
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow check docs bench venv clean
+.PHONY: demo test test-slow check docs api-docs bench venv clean
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install -qq -c constraints.txt
@@ -57,6 +57,10 @@ venv: .venv/.complete
 .venv/.complete: .venv/.runtime
 	$(PIP) -e '.[$(EXTRAS)]'
 	touch $@
+
+api-docs: .venv/.runtime
+	$(PIP) -e '.[docs]'
+	$(BIN)/python docs/generate_api.py
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache \

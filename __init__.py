@@ -83,11 +83,13 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":
         from importlib.metadata import version
 
-        return version("lfmq")
-    if name not in _HOMES:
+        found: Any = version("lfmq")
+    elif name in _HOMES:
+        found = getattr(import_module(_HOMES[name]), name)
+    else:
         raise AttributeError(f"module 'lfmq' has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
-    return value
+    globals()[name] = found
+    return found
 
 
 def __dir__() -> list[str]:

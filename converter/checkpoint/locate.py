@@ -4,9 +4,6 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.utils.tqdm import disable_progress_bars
-
 import lfmq.converter
 from lfmq.quant.errors import CheckpointError
 
@@ -70,6 +67,10 @@ def download(repository: str, revision: str = "", *, bars: bool = False) -> Path
     Raises:
         CheckpointError: the Hub cannot be reached or has no such repository or revision.
     """
+    # its own imports take longer than opening a folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
     if not bars:
         disable_progress_bars()
     try:

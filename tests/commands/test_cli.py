@@ -7,6 +7,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from lfmq.cli import main
+from lfmq.converter.plan.builtin import builtin_recipes
 from lfmq.formats.registry import FORMATS
 
 
@@ -34,7 +35,24 @@ def test_inspect(sample_folder):
     assert "16,865,728" in shown.stdout
     found = document(lfmq("inspect", sample_folder, "--json"))
     assert found["parameters"] == 16_865_728
-    assert {"name", "geometry", "tensors", "bytes", "roles", "odd"} <= set(found)
+    assert {"name", "geometry", "tensors", "bytes", "roles", "warnings"} <= set(found)
+    assert found["odd"] == found["warnings"]
+
+
+def test_help_names_every_recipe_and_format():
+    shown = lfmq("plan", "--help").stdout
+    for name in (*builtin_recipes(), *FORMATS):
+        assert name in shown
+    first = " ".join(lfmq("--help").stdout.split())
+    assert "GGUF, MLX, ONNX and compressed-tensors" in first
+    assert "'sample'" in first
+    assert "'sample-dense'" in first
+
+
+def test_options_that_exclude_each_other_are_wrong_usage():
+    done = lfmq("calibrate", "sample", "--output", "x", "--balance", 8, "--tokens", 9)
+    assert done.exit_code == 2
+    assert done.stderr.endswith("Error: --balance 8 is fewer than --tokens 9\n")
 
 
 def test_plan():

@@ -1,0 +1,67 @@
+"""Commands that compute nothing start without what takes seconds to import."""
+
+import json
+import subprocess
+import sys
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+
+HEAVY = ("torch", "numba", "llvmlite", "onnxruntime", "transformers", "huggingface_hub.hf_api")
+REPORT = f"""
+import sys
+try:
+    main(sys.argv[1:])
+except SystemExit as end:
+    assert not end.code, end.code
+found = [name for name in {HEAVY!r} if name in sys.modules]
+assert not found, found
+"""
+
+
+def start(code: str, *words: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file and a manifest that lists it."""
+    path = tmp_path_factory.mktemp("build") / "x.gguf"
+    path.write_bytes(b"GGUF")
+    files = {path.name: {"bytes": 4, "sha256": sha256(b"GGUF").hexdigest()}}
+    manifest = {"builds": {"gguf": {"path": path.name, "files": files}}}
+    path.with_name("x.manifest.json").write_text(json.dumps(manifest))
+    return path
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--help",),
+        ("--version",),
+        *((name, "--help") for name in ("inspect", "plan", "convert", "validate", "compare")),
+        ("inspect", "sample"),
+        ("plan", "sample"),
+        ("plan", "sample", "--recipe", "q4_k_m", "--to", "gguf", "--tensors"),
+    ],
+    ids=" ".join,
+)
+def test_a_command_starts_light(words: tuple[str, ...]) -> None:
+    start("from lfmq.cli import main" + REPORT, *words)
+
+
+def test_verify_starts_light(build: Path) -> None:
+    start("from lfmq.cli import main" + REPORT, "verify", str(build))
+
+
+def test_help_imports_no_numpy() -> None:
+    code = "from lfmq.cli import main" + REPORT
+    start(code + "assert not {'numpy', 'rich'} & set(sys.modules)", "--help")
+
+
+def test_the_package_itself_imports_none_of_its_modules() -> None:
+    start("import sys, lfmq; assert not [n for n in sys.modules if n.startswith('lfmq.')]")
