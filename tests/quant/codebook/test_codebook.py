@@ -14,7 +14,8 @@ from lfmq.converter.checkpoint.checkpoint import open_checkpoint
 from lfmq.converter.plan.plan import resolve_plan
 from lfmq.converter.plan.recipe import parse_recipe
 from lfmq.converter.quantize.rtn import quantize_entry
-from lfmq.converter.run.convert import convert, plan_builds
+from lfmq.converter.run.convert import convert
+from lfmq.converter.run.planned import plan_builds
 from lfmq.formats.gguf.blocks import PACKERS, QUANT_TYPES
 from lfmq.formats.registry import FORMATS
 from lfmq.quant import gptq
@@ -130,7 +131,8 @@ def test_a_build(sample_folder: Path, tmp_path: Path) -> None:
     for text in refused.values():
         assert text is not None
         assert text.endswith("the plan asks for 'codebook'; gguf can hold it")
-    (done,) = convert(checkpoint, recipe, plan, {"gguf": FORMATS["gguf"]}, tmp_path)
+    made = convert(checkpoint, recipe, plan, {"gguf": FORMATS["gguf"]}, tmp_path)
+    (done,) = made.builds
     reader, found = FORMATS["gguf"].open_reader(done.path), set()
     for entry in plan.entries:
         weight = quantize_entry(checkpoint, entry)
