@@ -7,7 +7,7 @@ from lfmq.converter.plan.recipe import Recipe
 from lfmq.formats.plan import Plan
 
 if TYPE_CHECKING:
-    from lfmq.converter.mixed_precision.width_groups import Unit
+    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class Widths:
 
     recipe: Recipe
     plan: Plan
-    units: "tuple[Unit, ...]" = ()
+    units: "tuple[WidthGroup, ...]" = ()
     choice: tuple[int, ...] = ()
     kld: float | None = None
 
