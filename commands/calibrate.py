@@ -87,9 +87,10 @@ def calibrate(
                 "peak_rss_bytes": peak_resident(),
                 **found.to_json(),
                 **({"balance": balanced.to_json()} if balanced else {}),
-                "experts": [asdict(expert) for expert in coverage],
+                **({"experts": [asdict(expert) for expert in coverage]} if coverage else {}),
             }
         )
         return
-    print_tables(coverage_table(coverage))
+    if coverage:
+        print_tables(coverage_table(coverage))
     click.echo(f"{output}: statistics of {found.tokens:,} tokens")

@@ -120,6 +120,6 @@ def convert(
             }
         )
         return
-    if calibration is not None:
+    if calibration is not None and calibration.experts:
         print_tables(coverage_table(calibration.experts, calibration.routers))
     print_tables(builds_table(builds))

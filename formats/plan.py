@@ -6,6 +6,7 @@ Frozen values that travel from the checkpoint to the writers; a stage makes new 
 import math
 from dataclasses import dataclass
 from enum import StrEnum
+from fractions import Fraction
 from typing import Literal
 
 from lfmq.quant.types import Scheme, Storage
@@ -71,6 +72,13 @@ class ModelConfig:
     def moe_layers(self) -> tuple[int, ...]:
         """Indices of the layers with a router and experts."""
         return tuple(range(self.num_dense_layers, self.num_hidden_layers))
+
+    @property
+    def expert_share(self) -> Fraction:
+        """The share of a layer's experts that run for one token; 1 where there are none."""
+        if not self.num_experts:
+            return Fraction(1)
+        return Fraction(self.num_experts_per_tok, self.num_experts)
 
     @property
     def attention_layers(self) -> tuple[int, ...]:

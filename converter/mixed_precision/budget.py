@@ -5,8 +5,9 @@ a plan for several formats takes the finest units that all of them can hold. Eve
 unit takes bytes, all in all and of those read for a token, and costs KL divergence
 (:mod:`.predicted_kld`); :mod:`.knapsack` finds the least cost within limits.
 
-A ``budget`` chooses 4 or 8 bits for experts and leaves the shared weights to the recipe. A recipe
-that says ``choose = "all"`` has every weight chosen, among all grids that the format holds.
+A ``budget`` chooses 4 or 8 bits for experts (of a dense model, for its feed-forward) and leaves
+the other weights to the recipe. A recipe that says ``choose = "all"`` has every weight chosen,
+among all grids that the format holds.
 """
 
 from collections.abc import Iterable, Mapping
@@ -24,6 +25,7 @@ from lfmq.converter.mixed_precision.size_limits import Limits, limits_of
 from lfmq.converter.mixed_precision.width_groups import (
     FormatBytes,
     Unit,
+    budget_units,
     chosen_rules,
     expert_units,
     format_costs,
@@ -224,7 +226,9 @@ def open_choices(
     everything = base.choose == "all"
     rules = [] if everything else ['[[rule]]\nroles = ["experts"]\nbits = 4']
     plan = resolve_plan(config, base.with_rules(rules))
-    units = expert_units(plan, formats) + (shared_units(plan, formats) if everything else [])
+    units = budget_units(plan, formats)
+    if everything:
+        units = expert_units(plan, formats) + shared_units(plan, formats)
     named = {e.name for unit in units for e in unit.entries}
     bytes_at: dict[str, dict[Scheme, FormatBytes]] = {}
     for name, module in formats.items():

@@ -119,6 +119,8 @@ class Prediction:
     @cached_property
     def _routing(self) -> float:
         """The number that gives direct and routed divergence their measured proportion."""
+        if not self.config.moe_layers:
+            return 0.0
         wide, narrow = (self.statistics.parts[name].kld for name in WHOLE)
         left = _INDEX[Scheme(8)]
         ratios = [self.statistics.grids[t.name][left] for t in self._shared]

@@ -79,6 +79,13 @@ def shared_units(plan: Plan, formats: Mapping[str, Format]) -> list[Unit]:
     return [Unit(layer, label, tuple(found)) for (layer, label), found in groups.items()]
 
 
+def budget_units(plan: Plan, formats: Mapping[str, Format]) -> list[Unit]:
+    """What a recipe calls ``experts``: their units, or those of a model's dense feed-forward."""
+    if plan.config.moe_layers:
+        return expert_units(plan, formats)
+    return [u for u in shared_units(plan, formats) if u.entries[0].role is Role.DENSE]
+
+
 def format_costs(plan: Plan, assets: Assets, module: Format, scheme: Scheme) -> FormatBytes | None:
     """What the integers of a plan take when all are of one scheme; None where it is refused."""
     if any(e.scheme and e.shape[-1] % scheme.span for e in plan.entries):
@@ -96,8 +103,7 @@ def segment_bytes(plan: Plan, layout: BuildLayout) -> FormatBytes:
     """Bytes of every weight of a build; a segment of several weights counts by their sizes."""
     sizes = {e.name: e.size for e in plan.entries}
     experts = {e.name for e in plan.entries if e.expert is not None}
-    g = plan.config
-    share = g.num_experts_per_tok / g.num_experts
+    share = float(plan.config.expert_share)
     found: dict[str, float] = dict.fromkeys(sizes, 0.0)
     for file in layout.files:
         for segment in file.segments:

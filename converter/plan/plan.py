@@ -20,15 +20,19 @@ from lfmq.quant.types import Scheme, Storage
 def resolve_plan(config: ModelConfig, recipe: Recipe) -> Plan:
     """Give every tensor its storage.
 
+    A rule for roles that the model does not have is left out.
+
     Raises:
-        RecipeError: a rule matches nothing, or a tensor is matched by no rule.
+        RecipeError: a rule for roles of the model matches nothing, or a tensor is matched by no
+            rule.
         PlanError: a row does not divide into the groups asked for.
     """
     tensors = expected_tensors(config)
     quantizable = _quantizable(tensors)
     rules = [rule.in_model(quantizable) for rule in recipe.rules]
+    roles = {t.role for t in quantizable}
     for number, rule in enumerate(rules, 1):
-        if not any(rule.matches(t) for t in quantizable):
+        if rule.roles & roles and not any(rule.matches(t) for t in quantizable):
             raise RecipeError(f"recipe {recipe.name}: rule {number} matches no tensor")
     entries = (_entry(t, _storage(t, rules, recipe.name)) for t in tensors)
     return Plan(config, tuple(entries), recipe.name)
@@ -102,8 +106,8 @@ def bits_per_weight(plan: Plan, nbytes: int) -> float:
 def token_bytes(plan: Plan, layout: BuildLayout) -> int:
     """Bytes of weights read for one decoded token, which bound the speed of decoding.
 
-    Of an expert's bytes the share ``num_experts_per_tok / num_experts`` counts, all others once
-    (the embedding as the tied head).
+    Of an expert's bytes the share counts that runs for a token, all others once (the embedding as
+    the tied head).
     """
     experts = {e.name for e in plan.entries if e.expert is not None}
     always, routed = 0, 0
@@ -112,8 +116,7 @@ def token_bytes(plan: Plan, layout: BuildLayout) -> int:
             routed += segment[0]
         else:
             always += segment[0]
-    g = plan.config
-    return always + routed * g.num_experts_per_tok // g.num_experts
+    return always + int(routed * plan.config.expert_share)
 
 
 def _segments(layout: BuildLayout) -> Iterable[tuple[int, str]]:

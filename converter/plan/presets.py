@@ -42,7 +42,7 @@ def _recipe(name: str) -> Recipe:
 def peer_bytes(name: str, config: ModelConfig) -> tuple[int, int]:
     """Bytes of all weights, and of those read for a token."""
     schemes = peer_schemes(name, config)
-    share = config.num_experts_per_tok / config.num_experts
+    share = float(config.expert_share)
     total, token = 0.0, 0.0
     for tensor in expected_tensors(config):
         scheme = schemes[tensor.name]

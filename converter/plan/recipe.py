@@ -4,7 +4,7 @@ import fnmatch
 import json
 import re
 import tomllib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -68,20 +68,25 @@ class Rule:
             and (not self.names or any(fnmatch.fnmatchcase(tensor.name, n) for n in self.names))
         )
 
-    def in_model(self, tensors: Iterable[Tensor]) -> "Rule":
-        """The rule with its layers as numbers.
+    def in_model(self, tensors: Collection[Tensor]) -> "Rule":
+        """The rule as it reads for a model of these tensors: its roles, and its layers as numbers.
 
-        ``more_bits`` counts the layers that have a tensor the other conditions match. Of n of them
-        llama.cpp widens the first and the last eighth and every third between
-        (``use_more_bits`` of ``llama-quant.cpp``; integer division).
+        In a model without experts, ``experts`` stands for the dense feed-forward: both are what
+        most of a model's weights are. ``more_bits`` counts the layers that have a tensor the other
+        conditions match. Of n of them llama.cpp widens the first and the last eighth and every
+        third between (``use_more_bits`` of ``llama-quant.cpp``; integer division).
         """
+        roles = self.roles
+        if roles.issuperset(EXPERT_ROLES) and not any(t.role in EXPERT_ROLES for t in tensors):
+            roles = roles.difference(EXPERT_ROLES) | {Role.DENSE}
+        rule = replace(self, roles=roles, more_bits=False)
         if not self.more_bits:
-            return self
-        found = sorted({t.layer for t in tensors if t.layer is not None and self.matches(t)})
+            return rule
+        found = sorted({t.layer for t in tensors if t.layer is not None and rule.matches(t)})
         n = len(found)
         wide = (i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2 for i in range(n))
         layers = frozenset(layer for layer, more in zip(found, wide, strict=True) if more)
-        return replace(self, layers=layers, more_bits=False)
+        return replace(rule, layers=layers)
 
 
 @dataclass(frozen=True, slots=True)

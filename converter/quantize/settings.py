@@ -95,9 +95,9 @@ class Calibration:
         self.routers[:] = [RouterStep(**r) for r in found["routers"]]
 
     def to_json(self) -> dict[str, Any]:
-        """For ``lfmq convert --json``."""
-        return {
-            "text_sha256": self.windows.text_sha256,
-            "experts": [asdict(e) for e in self.experts],
-            "routers": [asdict(r) | {"kept": r.kept} for r in self.routers],
-        }
+        """For ``lfmq convert --json``; a model without experts has no such keys."""
+        found: dict[str, Any] = {"text_sha256": self.windows.text_sha256}
+        if self.experts:
+            found["experts"] = [asdict(e) for e in self.experts]
+            found["routers"] = [asdict(r) | {"kept": r.kept} for r in self.routers]
+        return found

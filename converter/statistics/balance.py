@@ -17,6 +17,7 @@ from lfmq.converter.jobs.batches import batches, steady_torch
 from lfmq.converter.model.forward import Model, embed, run_layer
 from lfmq.converter.model.text import Windows
 from lfmq.converter.quantize.settings import QUOTA
+from lfmq.quant.errors import ValidationError
 
 Progress = Callable[[int, int], None]
 
@@ -102,9 +103,14 @@ def balance(
 
     Raises:
         CheckpointError: a tensor cannot be read.
-        ValidationError: a hidden state is not finite, or a token is outside the vocabulary.
+        ValidationError: the model has no experts, a hidden state is not finite, or a token is
+            outside the vocabulary.
     """
     g = checkpoint.config
+    if not g.moe_layers:
+        raise ValidationError(
+            f"{checkpoint.assets.name}: has no experts to choose the text for; leave --balance out"
+        )
     loads = window_loads(checkpoint, pool, threads=threads, device=device, progress=progress)
     quota = QUOTA * g.hidden_size
     take = max(1, tokens // pool.ids.shape[1])

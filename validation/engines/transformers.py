@@ -120,7 +120,7 @@ def _has_one_scheme(reader: CompressedTensorsReader) -> bool:
         for branch in block.branches
         for name in branch.weights
     }
-    return len(found) == 1 and None not in found
+    return len(found) <= 1 and None not in found
 
 
 def _from_pretrained(folder: Path, build: Path) -> Any:

@@ -4,6 +4,7 @@ import json
 import struct
 import time
 from dataclasses import replace
+from fractions import Fraction
 from math import prod
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from lfmq.converter.checkpoint.checkpoint import open_checkpoint
 from lfmq.converter.model.tensors import expected_tensors
 from lfmq.converter.plan.plan import resolve_plan, token_bytes
+from lfmq.converter.plan.presets import PEERS, peer_bytes
 from lfmq.converter.plan.recipe import builtin_recipes, load_recipe, parse_recipe
 from lfmq.converter.run.convert import plan_builds
 from lfmq.formats.plan import (
@@ -21,7 +23,7 @@ from lfmq.formats.plan import (
     Role,
 )
 from lfmq.formats.registry import FORMATS
-from lfmq.quant.errors import PlanError
+from lfmq.quant.errors import PlanError, RecipeError
 from lfmq.quant.types import Scheme
 
 DOWN_WIDE = (0, 1, 2, 5, 8, 11, 14, 17, 20, 21, 22, 23)
@@ -159,6 +161,39 @@ def test_the_last_matching_rule_decides(tiny_config):
     assert found["model.layers.1.self_attn.v_proj.weight"] == "bfloat16"
     assert found["model.layers.1.self_attn.k_proj.weight"] == Scheme(8)
     assert found["model.layers.3.feed_forward.gate.weight"] == "float32"
+
+
+def without_experts(config):
+    """As dense models are."""
+    return replace(config, num_dense_layers=4, num_experts=0, num_experts_per_tok=0)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "dense", "others"), [("int4", 4, 8), ("int4-all", 4, 4), ("int8", 8, 8)]
+)
+def test_without_experts_their_rules_are_for_the_dense_feed_forward(
+    tiny_config, recipe, dense, others
+):
+    plan = resolve_plan(without_experts(tiny_config), load_recipe(recipe))
+    bits = {(e.role, e.scheme.bits) for e in plan.entries if e.scheme is not None}
+    layers = {(Role.DENSE, dense), (Role.ATTENTION, others), (Role.CONV, others)}
+    assert bits == layers | {(Role.EMBEDDING, 8)}
+
+
+def test_rules_for_roles_that_a_model_lacks_are_left_out(tiny_config):
+    base, config = "[[rule]]\nbits = 4\n", without_experts(tiny_config)
+    plan = plan_of(config, base + '[[rule]]\nroles = ["expert_down"]\nlayers = [2]\nbits = 8\n')
+    assert plan.entries == plan_of(config, base).entries
+    for rule in ('roles = ["dense"]\nlayers = [9]', 'names = ["*.w9.*"]', "experts = [0]"):
+        with pytest.raises(RecipeError, match="rule 2 matches no tensor"):
+            plan_of(config, f"{base}[[rule]]\n{rule}\nbits = 8\n")
+
+
+def test_without_experts_a_token_reads_everything(tiny_config):
+    assert tiny_config.expert_share == Fraction(1, 3)
+    for peer in PEERS:
+        total, token = peer_bytes(peer, without_experts(tiny_config))
+        assert total == token > 0
 
 
 def test_widths_of_single_experts_are_for_onnx(make_checkpoint):

@@ -1,5 +1,7 @@
 """Choosing windows for a calibration set in which every expert has its quota."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,6 +12,7 @@ from lfmq.converter.checkpoint.locate import sample_file
 from lfmq.converter.model.forward import Model, run_model
 from lfmq.converter.model.text import load_windows
 from lfmq.converter.statistics.balance import balance, choose_windows, window_loads
+from lfmq.quant.errors import ValidationError
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +69,12 @@ def test_a_choice_is_a_subset_of_the_size_asked_for(windows, layers, experts, ta
     assert 0 <= chosen.min() <= chosen.max() < windows
     missing = (np.maximum(quota - loads, 0) ** 2).sum(axis=(1, 2))
     assert missing[chosen].min() == missing.min()  # the best one is in
+
+
+def test_a_model_without_experts_is_refused(sample, pool):
+    dense = replace(sample, config=replace(sample.config, num_dense_layers=6))
+    with pytest.raises(ValidationError, match="has no experts to choose the text for"):
+        balance(dense, pool, 1024)
 
 
 def test_balanced_text_of_the_sample(sample, pool):
