@@ -46,8 +46,8 @@ def _one_line(text: str) -> str:
 def main() -> None:
     """Turn an LFM2 mixture-of-experts checkpoint into GGUF, MLX and ONNX builds, and prove them.
 
-    CHECKPOINT is a folder with config.json and safetensors, the word 'sample', or a Hub id
-    org/name[@revision].
+    CHECKPOINT is a folder with config.json and safetensors, the word 'sample' or 'sample-dense',
+    or a Hub id org/name[@revision].
     """
 
 

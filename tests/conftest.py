@@ -47,6 +47,12 @@ def sample_folder() -> Path:
 
 
 @pytest.fixture(scope="session")
+def sample_dense_folder() -> Path:
+    """The trained dense sample checkpoint."""
+    return ROOT / "samples" / "lfm2-tiny"
+
+
+@pytest.fixture(scope="session")
 def ggml() -> ctypes.CDLL:
     """ggml's own library, from libggml-python."""
     spec = importlib.util.find_spec("libggml")
@@ -179,12 +185,14 @@ def tiny_assets(tiny_config: ModelConfig, sample_folder: Path) -> Assets:
 
 @pytest.fixture(scope="session")
 def transformers_model() -> Callable[..., object]:
-    """transformers' Lfm2MoeForCausalLM in float32 with weights read by checkpoint name."""
+    """transformers' model of a config in float32 with weights read by checkpoint name."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
 
     def make(config: dict[str, object], read: Callable[[str], NDArray[np.float32]]) -> object:
-        model = transformers.Lfm2MoeForCausalLM(transformers.Lfm2MoeConfig(**config)).eval()
+        kind = "Lfm2Moe" if config["model_type"] == "lfm2_moe" else "Lfm2"
+        settings = getattr(transformers, f"{kind}Config")(**config)
+        model = getattr(transformers, f"{kind}ForCausalLM")(settings).eval()
         with torch.no_grad():
             for name, parameter in model.state_dict().items():
                 prefix, _, fused = name.rpartition(".experts.")

@@ -1,4 +1,4 @@
-"""Where a checkpoint is: a folder, the word ``sample``, or a Hub id ``org/name[@revision]``."""
+"""Where a checkpoint is: a folder, the word for a sample, or a Hub id ``org/name[@revision]``."""
 
 import re
 from dataclasses import dataclass
@@ -10,13 +10,14 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 import lfmq.converter
 from lfmq.quant.errors import CheckpointError
 
-SAMPLE = "sample"
+# Words for the checkpoints of ``samples/``: a mixture of experts, and a dense model.
+SAMPLES = {"sample": "lfm2moe-tiny", "sample-dense": "lfm2-tiny"}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _REASON_LENGTH = 300  # characters of the Hub client's message, which can be a page
 _PATTERNS = ["*.safetensors", "*.json", "*.jinja", "README.md", "LICENSE*"]
 
 
-def sample_file(name: str = "lfm2moe-tiny") -> Path:
+def sample_file(name: str = SAMPLES["sample"]) -> Path:
     """A file or folder of ``samples/``.
 
     Raises:
@@ -44,14 +45,14 @@ def locate_checkpoint(reference: str, *, bars: bool = False) -> Location:
     """The checkpoint's folder, downloaded first when ``reference`` is a Hub id.
 
     Args:
-        reference: a folder, ``sample`` or ``org/name[@revision]``.
+        reference: a folder, ``sample``, ``sample-dense`` or ``org/name[@revision]``.
         bars: let the Hub client draw its progress bars on stderr.
 
     Raises:
         CheckpointError: no such folder, or the download failed.
     """
-    if reference == SAMPLE:
-        folder = sample_file()
+    if reference in SAMPLES:
+        folder = sample_file(SAMPLES[reference])
         return Location(folder, folder.name)
     path = Path(reference)
     if path.exists():

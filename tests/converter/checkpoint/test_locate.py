@@ -154,8 +154,10 @@ def test_a_folder_wins_over_a_hub_id(make_checkpoint, tmp_path, monkeypatch):
     assert locate_checkpoint("org/name").folder == Path("org/name")
 
 
-def test_the_sample_is_found(sample_folder):
+def test_the_samples_are_found(sample_folder, sample_dense_folder):
     assert locate_checkpoint("sample").folder == sample_folder
+    assert locate_checkpoint("sample-dense").folder == sample_dense_folder
+    assert locate_checkpoint("sample-dense").name == "lfm2-tiny"
 
 
 @pytest.mark.parametrize("reference", ["a/b/c", "no such name", "../up/one", "@v1"])

@@ -20,6 +20,7 @@ from lfmq.converter.plan.recipe import load_recipe
 from lfmq.converter.run.convert import plan_layouts
 from lfmq.converter.statistics.collect import collect
 from lfmq.converter.statistics.statistics import Statistics
+from lfmq.formats.plan import Role
 from lfmq.formats.registry import FORMATS
 from lfmq.quant.errors import RecipeError, ValidationError
 
@@ -185,3 +186,47 @@ def test_limits_that_cannot_be_kept(sample, statistics):
     base = load_recipe("int4").limited(token_budget="1MB", choose="all")
     with pytest.raises(RecipeError, match=r"budget of 1,000,000 bytes a token: gguf needs 3,"):
         settle_widths(sample, base, of("gguf"), statistics)
+
+
+@pytest.fixture(scope="module")
+def dense(sample_dense_folder):
+    return open_checkpoint(sample_dense_folder)
+
+
+@pytest.fixture(scope="module")
+def dense_statistics(dense) -> Statistics:
+    path = dense.folder.parent / "calibration.jsonl"
+    windows = load_windows([path], dense.assets, dense.config, tokens=2048, sequence=128)
+    return collect(dense, windows)[0]
+
+
+@pytest.mark.parametrize("name", ["gguf", "compressed-tensors"])
+def test_a_budget_chooses_among_a_dense_models_feed_forward(dense, dense_statistics, name):
+    narrow, wide = (resolve_plan(dense.config, load_recipe(r)) for r in ("int4", "int8"))
+    limit = (size(dense, narrow, name) + size(dense, wide, name)) // 2
+    widths = settle_widths(dense, load_recipe("int4"), of(name), dense_statistics, f"{limit}B")
+    assert {entry.role for unit in widths.units for entry in unit.entries} == {Role.DENSE}
+    assert 0 < sum(widths.choice) < len(widths.units) == {"gguf": 18}.get(name, 12)
+    assert size(dense, widths.plan, name) <= limit
+    assert widths.routed == 0
+    least, most = (predicted_kld(dense_statistics, plan) for plan in (wide, narrow))
+    assert least is not None
+    assert widths.kld is not None
+    assert most is not None
+    assert 0 < least < widths.kld < most
+
+
+def test_a_dense_model_as_fast_as_the_usual_build(dense, dense_statistics):
+    widths = settle_widths(dense, load_recipe("int4-fast"), of("gguf"), dense_statistics)
+    usual = peer_bytes("q4_k_m", dense.config)
+    layout = plan_layouts(dense, widths.plan, of("gguf"))["gguf"]
+    assert token_bytes(widths.plan, layout) <= usual[1]
+    own = predicted_kld(dense_statistics, resolve_plan(dense.config, load_recipe("q4_k_m")))
+    assert own is not None
+    assert widths.kld is not None
+    assert widths.kld <= own
+
+
+def test_a_budget_below_what_a_dense_model_needs(dense, dense_statistics):
+    with pytest.raises(RecipeError, match="raise the budget or give other weights fewer bits"):
+        settle_widths(dense, load_recipe("int4-mixed"), of("gguf"), dense_statistics)

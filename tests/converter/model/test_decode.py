@@ -87,6 +87,14 @@ def test_every_setting_equals_the_whole_forward(change, tiny_config, make_plan, 
     compare(KeptModel(config, read), sequences, prompts, 6)
 
 
+def test_dense_steps_equal_the_whole_forward(sample_dense_folder):
+    dense = open_checkpoint(sample_dense_folder)
+    rng = np.random.default_rng(9)
+    prompts = [1, 40, 7]
+    sequences = [rng.integers(0, dense.config.vocab_size, n + 8) for n in prompts]
+    compare(KeptModel(dense.config, dense.read), sequences, prompts, 8)
+
+
 def test_caches_grow(sample, model, monkeypatch):
     monkeypatch.setattr("lfmq.converter.model.decode._FIRST_ROOM", 1)
     ids = np.random.default_rng(6).integers(0, sample.config.vocab_size, 26)

@@ -1,10 +1,14 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from lfmq.converter.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from lfmq.converter.model.forward import Model, run_model
-from lfmq.formats.plan import FLOAT_ROLES, ModelConfig
+from lfmq.converter.model.tensors import expected_tensors
+from lfmq.formats.huggingface.config import parse_config
+from lfmq.formats.plan import FLOAT_ROLES, ModelConfig, Role
 from lfmq.quant.errors import ValidationError
 from lfmq.quant.types import Quantized, dequantize
 
@@ -77,6 +81,72 @@ def test_every_setting_equals_transformers(
     with torch.no_grad():
         expected = theirs(torch.from_numpy(ids)).logits
     assert (logits(Model(config, read), ids) - expected).abs().max() < LOGIT_TOLERANCE
+
+
+def test_dense_sample_logits_equal_transformers(sample_dense_folder, transformers_model):
+    dense = open_checkpoint(sample_dense_folder)
+    ids = np.random.default_rng(8).integers(0, dense.config.vocab_size, (3, 96), dtype=np.int64)
+    theirs = transformers_model(dense.assets.config_json, dense.read)
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(ids)).logits
+    model = Model(dense.config, dense.read)
+    assert (logits(model, ids) - expected).abs().max() < LOGIT_TOLERANCE
+    assert run_model(model, ids).routing == {}
+
+
+DENSE = {
+    "model_type": "lfm2",
+    "vocab_size": 320,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "conv_L_cache": 3,
+    "conv_bias": False,
+    "norm_eps": 1e-5,
+    "rope_parameters": {"rope_theta": 5e6, "rope_type": "default"},
+    "layer_types": ["conv", "full_attention", "conv", "full_attention"],
+    "block_multiple_of": 64,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "width"),
+    [
+        ({}, 128),
+        ({"block_auto_adjust_ff_dim": False}, 192),
+        ({"block_ff_dim": 300}, 256),
+        ({"block_ff_dim": 300, "block_auto_adjust_ff_dim": False}, 300),
+        ({"block_ffn_dim_multiplier": 1.7}, 256),
+        ({"block_ffn_dim_multiplier": 2, "block_multiple_of": 96}, 288),
+        ({"block_ffn_dim_multiplier": 0.9, "block_multiple_of": 1}, 115),
+        ({"layer_types": ["conv"] * 4}, 128),
+        ({"layer_types": ["full_attention"] * 4}, 128),
+        ({"num_key_value_heads": 4}, 128),
+        ({"conv_L_cache": 5}, 128),
+    ],
+    ids=str,
+)
+def test_every_dense_setting_equals_transformers(change, width, transformers_model):
+    """The width of the feed-forward among them, which the config states before its adjustment."""
+    raw = DENSE | change
+    config = parse_config(raw, Path("config.json"))
+    assert config.intermediate_size == width
+    rng = np.random.default_rng(3)
+    weights = {
+        t.name: (rng.standard_normal(t.shape) * 0.05 + (t.role is Role.NORM)).astype(np.float32)
+        for t in expected_tensors(config)
+    }
+    theirs = transformers_model(raw, weights.__getitem__)
+    assert theirs.model.layers[0].feed_forward.w1.out_features == width
+    ids = rng.integers(0, config.vocab_size, (2, 24), dtype=np.int64)
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(ids), use_cache=False).logits
+    model = Model(config, weights.__getitem__)
+    assert (logits(model, ids) - expected).abs().max() < LOGIT_TOLERANCE
 
 
 def changed(config, raw, change) -> tuple[ModelConfig, dict]:

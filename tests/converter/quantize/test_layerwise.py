@@ -107,6 +107,21 @@ def test_only_weights_with_a_scheme_and_routers_change(sample, calibrated):
         assert same != (router and int(name.split(".")[2]) in kept)
 
 
+def test_a_dense_model(sample_dense_folder):
+    """Nearer than rounding to nearest, and nothing is said of experts."""
+    dense = open_checkpoint(sample_dense_folder)
+    ours, calibration = run(dense, "int4", windows_of(dense, "calibration.jsonl", 8192))
+    assert calibration is not None
+    assert calibration.to_json() == {"text_sha256": calibration.windows.text_sha256}
+    windows = windows_of(dense, "evaluation.jsonl", 11 * SEQUENCE)
+    reference = run_reference(Model(dense.config, dense.read), windows)
+    kld = [
+        compare_model(reference, Model(dense.config, read_of(weights))).scores.kld.mean()
+        for weights in (ours, run(dense, "int4")[0])
+    ]
+    assert kld[0] < 0.85 * kld[1]
+
+
 def test_experts_without_tokens_get_a_sound_weight(sample):
     """One short window leaves most experts below quota and some without any token."""
     windows = windows_of(sample, "calibration.jsonl", SEQUENCE)

@@ -25,6 +25,7 @@ from lfmq.converter.statistics.statistics import (
     SCHEMES,
     WHOLE,
     Statistics,
+    has_losses,
     identity_of,
     load_statistics,
     part_of,
@@ -112,6 +113,21 @@ def test_losses_and_sensitivities_make_sense(sample, statistics):
     for part in parts:
         alone = sum(statistics.losses[t.name] for t in weights if part_of(t) == part)
         assert alone / statistics.tokens == pytest.approx(statistics.parts[part].error, rel=0.35)
+
+
+def test_a_dense_model(sample_dense_folder, tmp_path):
+    dense = open_checkpoint(sample_dense_folder)
+    statistics, coverage = collect(dense, windows_of(dense, 2048))
+    assert coverage == []
+    assert has_losses(statistics, dense.config)
+    layers = {f"{layer}.{kind}" for layer in range(6) for kind in ("mixer", "dense")}
+    assert set(statistics.parts) == {*layers, "embedding", "head", *WHOLE}
+    assert all(s.error > 0 < s.kld < 0.1 for s in statistics.parts.values())
+    save_statistics(tmp_path / "statistics", statistics)
+    assert load_statistics(tmp_path / "statistics", dense.config).parts == statistics.parts
+    # a matrix of llama.cpp knows the inputs of all that is multiplied, the head aside
+    shapes = {t.name for t in expected_tensors(dense.config) if t.role not in FLOAT_ROLES}
+    assert set(statistics.inputs) == shapes - {"model.embed_tokens.weight"}
 
 
 def test_errors_of_grids_are_those_of_the_weights(sample, statistics):
