@@ -7,6 +7,9 @@ from lfmq.converter.plan.recipe import Recipe
 from lfmq.formats.plan import Plan
 
 if TYPE_CHECKING:
+    from lfmq.converter.mixed_precision.width_groups import WidthGroup
+
+if TYPE_CHECKING:
     pass
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from lfmq.converter.checkpoint.checkpoint import open_checkpoint
 from lfmq.converter.jobs.execution import Execution
-from lfmq.converter.jobs.memory import group_bytes, parse_bytes, peak_resident
+from lfmq.converter.jobs.memory import group_bytes, largest_group, parse_bytes, peak_resident
 from lfmq.converter.plan.plan import resolve_plan
 from lfmq.converter.plan.recipe import load_recipe, parse_recipe
 from lfmq.converter.quantize.rtn import nearest_groups, quantize_entry
