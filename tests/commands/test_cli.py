@@ -111,6 +111,7 @@ def test_validate(builds):
     [
         ("--max-kld", 1e-9, "kld.mean", "mean KLD"),
         ("--max-perplexity-ratio", 0.5, "perplexity_ratio", "perplexity ratio"),
+        ("--max-rms-delta-p", 1e-9, "rms_delta_p", "RMS Δp"),
         ("--min-routing", 1.1, "routing.exact_set", "routing agreement"),
     ],
 )
@@ -145,9 +146,9 @@ def test_compare(builds):
     path = builds["builds"][0]["path"]
     words = ("compare", "sample", path, path, "--tokens", 512, "--sequence", 128, "--quiet")
     found = document(lfmq(*words, "--json"))
-    assert [d["difference"] for d in found["figures"]] == [0.0] * 4
+    assert [d["difference"] for d in found["figures"]] == [0.0] * 5
     assert found["top1"] == {"only_a": 0, "only_b": 0, "p": 1.0}
-    assert lfmq(*words).stdout.count("equal") == 4
+    assert lfmq(*words).stdout.count("equal") == 5
 
 
 def test_verify(builds, tmp_path):

@@ -16,6 +16,7 @@ from lfmq.validation.measure.figures import (
     LOCAL_ROUTING,
     PERPLEXITY,
     PERPLEXITY_RATIO,
+    RMS_DELTA_P,
     ROUTING,
     TOP1,
     Estimate,
@@ -159,6 +160,7 @@ def _figures(off: float, kld: float, routing: RoutingAgreement) -> dict[Figure, 
         KLD: Estimate(kld, kld / 25, (kld * 0.92, kld * 1.08)),
         **estimates({KLD_MEDIAN: kld / 3, KLD_P99: 14 * kld, KLD_MAX: 140 * kld}),
         TOP1: Estimate(0.9766 - off, 0.0017, (0.9731 - off, 0.9799 - off)),
+        RMS_DELTA_P: Estimate(2 * off, off / 20, (1.9 * off, 2.1 * off)),
         ROUTING: Estimate(exact, 0.0006, (exact - 0.0012, exact + 0.0011)),
         **({} if local is None else estimates({LOCAL_ROUTING: local})),
     }
@@ -172,6 +174,7 @@ def _domains(
             PERPLEXITY_RATIO: Estimate(1 + off / 6 + float(rng.normal(0, 0.001))),
             KLD: Estimate(kld * float(rng.lognormal(0, 0.35)), kld / 8),
             TOP1: Estimate(0.9766 - off * float(rng.lognormal(0, 0.35))),
+            RMS_DELTA_P: Estimate(2 * off * float(rng.lognormal(0, 0.35))),
             ROUTING: Estimate(exact - off * float(rng.normal(0, 0.3))),
         }
         for d in DOMAINS
@@ -240,6 +243,7 @@ def _floor(rng: np.random.Generator, layers: int) -> NoiseFloor:
             PERPLEXITY_RATIO: Estimate(1.00012),
             KLD: Estimate(0.0012, 0.00008),
             TOP1: Estimate(0.981),
+            RMS_DELTA_P: Estimate(0.006),
             ROUTING: Estimate(0.9875),
         },
         {

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:  # torch comes with it, and the command line's options need this table alone
     from lfmq.validation.measure.runs import Comparison
 
-Kind = Literal["nats", "ratio", "share", "perplexity", "bits", "count", "number"]
+Kind = Literal["nats", "ratio", "share", "percent", "perplexity", "bits", "count", "number"]
 Values = NDArray[Any]
 
 # Where a figure stands beside a build's object. The noise floor has the figures of domains.
@@ -180,6 +180,21 @@ TOP1 = Figure(
     in_tables=True,
     limits=("min_top1",),
 )
+# As llama.cpp's perplexity tool reports it (tools/perplexity/README.md).
+RMS_DELTA_P = Figure(
+    "rms_delta_p",
+    "RMS Δp",
+    "percent",
+    "The root mean square of the change in the probability of the token that follows. In the JSON "
+    "and in limits it is a fraction.",
+    less_is_better=True,
+    mean=PositionMean(lambda run: run.scores.delta_p**2, np.sqrt),
+    scopes=("domain",),
+    stem="rms_delta_p_",
+    compared=True,
+    in_tables=True,
+    limits=("max_rms_delta_p",),
+)
 ROUTING = Figure(
     "routing.exact_set",
     "routing agreement",
@@ -224,7 +239,7 @@ LOAD_SHIFT = Figure(
 
 FIGURES = (
     *(KLD, KLD_MEDIAN, KLD_P99, KLD_MAX),
-    *(PERPLEXITY, PERPLEXITY_RATIO, TOP1),
+    *(PERPLEXITY, PERPLEXITY_RATIO, TOP1, RMS_DELTA_P),
     *(ROUTING, JACCARD, LOCAL_ROUTING, LOAD_SHIFT),
 )
 

@@ -45,6 +45,12 @@ class PositionScores:
     kld: NDArray[np.float64]
     same_top: NDArray[np.bool_]
 
+    @property
+    def delta_p(self) -> NDArray[np.float64]:
+        """Probability of the token that follows, the build's less the reference's, [W, P]."""
+        found: NDArray[np.float64] = np.exp(-self.nll) - np.exp(-self.reference_nll)
+        return found
+
 
 def scored_positions(sequence: int) -> slice:
     """The second half of a window without its last position, whose next token is unknown."""

@@ -22,6 +22,8 @@ def format_figure(value: Any, kind: Kind) -> str:
         return UNKNOWN
     if kind == "count":
         return f"{value:,}"
+    if kind == "percent":
+        return f"{100 * value:.3f} %"
     if kind == "number":
         return f"{value:.6g}"
     if kind == "nats" and 0 < abs(value) < _TINY:

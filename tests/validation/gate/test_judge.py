@@ -16,6 +16,7 @@ from lfmq.validation.measure.figures import (
     KLD_P99,
     LOCAL_ROUTING,
     PERPLEXITY_RATIO,
+    RMS_DELTA_P,
     ROUTING,
     TOP1,
     Estimate,
@@ -37,6 +38,7 @@ FIGURES: Mapping[Figure, Estimate] = {
     KLD_P99: Estimate(0.05),
     PERPLEXITY_RATIO: Estimate(1.01, 0.002),
     TOP1: Estimate(0.97, 0.003),
+    RMS_DELTA_P: Estimate(0.01, 0.001),
     ROUTING: Estimate(0.98, 0.001),
 }
 FLOOR = NoiseFloor(estimates({KLD: 0.001, ROUTING: 0.99}), {}, {}, ())
@@ -110,6 +112,8 @@ def figures(*rows, **thresholds):
         ({"max_perplexity_ratio": 1.0}, ["perplexity_ratio"]),
         ({"min_top1": 0.98}, ["top1_agreement"]),
         ({"min_routing": 0.981}, ["routing.exact_set"]),
+        ({"max_rms_delta_p": 0.02}, []),
+        ({"max_rms_delta_p": 0.009}, ["rms_delta_p"]),
         ({"max_kld_over_floor": 3.0}, []),
         ({"max_kld_over_floor": 2.9}, ["kld.mean"]),
         ({"max_routing_below_floor": 0.011}, []),

@@ -58,8 +58,8 @@ def made_up(offset: float) -> Comparison:
 
 def test_the_better_of_two_is_the_nearer():
     near, far = made_up(0.0), made_up(0.3)
-    assert [d.better for d in differences(near, far)] == ["a"] * 4
-    assert [d.better for d in differences(far, near)] == ["b"] * 4
+    assert [d.better for d in differences(near, far)] == ["a"] * 5
+    assert [d.better for d in differences(far, near)] == ["b"] * 5
     for d in differences(near, far):
         assert d.interval.low <= d.difference <= d.interval.high
         assert d.difference == d.b - d.a
@@ -68,14 +68,25 @@ def test_the_better_of_two_is_the_nearer():
 def test_a_dense_model_is_not_compared_in_its_routing():
     near, far = (replace(made_up(offset), same_sets=None) for offset in (0.0, 0.3))
     found = differences(near, far)
-    assert [d.figure.key for d in found] == ["kld.mean", "perplexity", "top1_agreement"]
+    assert [d.figure.key for d in found] == [
+        "kld.mean",
+        "perplexity",
+        "top1_agreement",
+        "rms_delta_p",
+    ]
 
 
 def test_int8_and_int4_are_told_apart(build, run):
     found = run(build("int4"), build("int8"))
     by_name = {d.figure.key: d for d in found.figures}
-    assert list(by_name) == ["kld.mean", "perplexity", "top1_agreement", "routing.exact_set"]
-    for name in ("kld.mean", "top1_agreement", "routing.exact_set"):
+    assert list(by_name) == [
+        "kld.mean",
+        "perplexity",
+        "top1_agreement",
+        "rms_delta_p",
+        "routing.exact_set",
+    ]
+    for name in ("kld.mean", "top1_agreement", "rms_delta_p", "routing.exact_set"):
         assert by_name[name].better == "b", name
         assert not by_name[name].equal
         assert by_name[name].difference == by_name[name].b - by_name[name].a
@@ -97,6 +108,6 @@ def test_one_window_shows_nothing(build, run):
     found = run(build("int4"), build("int8"), windows=1)
     assert {d.better for d in found.figures} == {None}
     document = json.loads(json.dumps(found.to_json(), allow_nan=False))
-    assert [d["ci95"] for d in document["figures"]] == [None] * 4
+    assert [d["ci95"] for d in document["figures"]] == [None] * 5
     assert document["a"]["engine"] == "read"
     assert document["conditions"]["sequence"] == SEQUENCE

@@ -13,6 +13,7 @@ from lfmq.validation.measure.figures import (
     KLD_MEDIAN,
     PERPLEXITY,
     PERPLEXITY_RATIO,
+    RMS_DELTA_P,
     ROUTING,
     TOP1,
 )
@@ -101,6 +102,8 @@ def test_figures_are_of_the_scored_positions():
     assert found[KLD_MAX].value == s.kld.max()
     assert found[KLD_MEDIAN].value == np.median(s.kld)
     assert found[TOP1].value == s.same_top.mean()
+    change = np.exp(-s.nll) - np.exp(-s.reference_nll)
+    assert found[RMS_DELTA_P].value == pytest.approx(math.sqrt((change**2).mean()))
     assert found.keys() == {f for f in FIGURES if f.mean or f.of}
 
 
@@ -169,7 +172,12 @@ def test_a_dense_model_has_no_routing_in_its_report():
     assert "experts" not in text
     assert "layers" not in document["noise_floor"]
     assert document["builds"][0]["layers_kld"]
-    assert [f.key for f in columns_of(found)] == ["kld.mean", "perplexity_ratio", "top1_agreement"]
+    assert [f.key for f in columns_of(found)] == [
+        "kld.mean",
+        "perplexity_ratio",
+        "top1_agreement",
+        "rms_delta_p",
+    ]
 
 
 def test_json_has_the_keys_of_the_contract():
@@ -198,6 +206,10 @@ def test_json_has_the_keys_of_the_contract():
     }  # fmt: skip
     low, high = found["kld"]["ci95"]
     assert low <= found["kld"]["mean"] <= high
+    low, high = found["rms_delta_p_ci95"]
+    assert low <= found["rms_delta_p"] <= high
+    assert found["rms_delta_p_stderr"] > 0
+    assert {"rms_delta_p"} <= set(found["domains"]["en"]) & set(floor)
     low, high = found["perplexity_ratio_ci95"]
     assert low == pytest.approx(high)  # every position is off by the same
     assert found["top1_ci95"][0] <= found["top1_agreement"] <= found["top1_ci95"][1]

@@ -170,6 +170,7 @@ def test_layers_and_experts_share_the_highest_value():
         (0, "nats", "0.00000"),
         (1234567, "count", "1,234,567"),
         (0.98167, "share", "0.9817"),
+        (0.0123456, "percent", "1.235 %"),
         (1.00103, "ratio", "1.00103"),
         (12345.678, "perplexity", "12,345.678"),
         (0.005, "number", "0.005"),

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from lfmq.tests.validation.reports import with_figure, without_routing
-from lfmq.validation.measure.figures import LOCAL_ROUTING, ROUTING, TOP1
+from lfmq.validation.measure.figures import LOCAL_ROUTING, RMS_DELTA_P, ROUTING, TOP1
 from lfmq.validation.pages.markdown import render_markdown
 from lfmq.validation.pages.numbers import format_figure
 
@@ -24,16 +24,18 @@ def test_a_row_for_each_build_and_engine_and_the_floor(report):
         "mean KLD, nats",
         "perplexity ratio",
         "top-1 agreement",
+        "RMS Δp",
         "routing agreement",
         "local routing agreement",
     ]
-    assert {len(r) for r in (header, rule, *body)} == {8}
+    assert {len(r) for r in (header, rule, *body)} == {9}
     assert len(body) == len(report.builds) + 1
     for row, build in zip(body, report.builds, strict=False):
         assert row[0] == build.path.removeprefix("builds/")
         assert row[1] == build.engine
         assert row[5] == format_figure(build.value(TOP1), "share")
-        assert row[6] == format_figure(build.value(ROUTING), "share")
+        assert row[6] == format_figure(build.value(RMS_DELTA_P), "percent")
+        assert row[7] == format_figure(build.value(ROUTING), "share")
     assert body[-1][0].startswith("noise floor")
     assert body[-1][3] == "0.00120"
 
@@ -59,13 +61,13 @@ def test_without_local_routing(report):
     builds = tuple(with_figure(b, LOCAL_ROUTING, None) for b in report.builds)
     text = render_markdown(replace(report, builds=builds, failures=()))
     assert "local" not in text
-    assert len(rows(text)[0]) == 7
+    assert len(rows(text)[0]) == 8
 
 
 def test_a_dense_model_has_no_column_of_routing(report):
     text = render_markdown(without_routing(report))
     assert "routing" not in text
-    assert {len(r) for r in rows(text)} == {6}
+    assert {len(r) for r in rows(text)} == {7}
 
 
 @pytest.mark.parametrize(
@@ -82,4 +84,4 @@ def test_hostile_text_stays_in_its_cell(report, bad):
     assert all(c.isprintable() or c == "\n" for c in text)
     assert {
         line.replace("\\|", "").count("|") for line in text.splitlines() if line[:1] == "|"
-    } == {9}
+    } == {10}

@@ -121,7 +121,7 @@ DRAWN = re.compile(
     r"/histogram/|/layers_kld/|/experts/\d+/(layer|expert|tokens|error)$|/(reference_)?load/|"
     r"/layers/\d+/(layer|jaccard)$|/(low|high|from|to)$|/domains/\w+/kld_stderr$|"
     r"/facts/|/failures/3/(found|limit)$|/reference/longest_repeat/mean$|"
-    r"/(perplexity_ratio|top1)_stderr$|/routing/(stderr|jaccard)$|/embedding_kld$|/margins/\d+/pairs$"
+    r"/(perplexity_ratio|top1|rms_delta_p)_stderr$|/routing/(stderr|jaccard)$|/embedding_kld$|/margins/\d+/pairs$"
 )
 
 
