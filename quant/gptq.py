@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lfmq.quant.grid import LANES
 from lfmq.quant.grids import GRIDS
 from lfmq.quant.linalg import invert_lower
 from lfmq.quant.state import UNSOUND, Body, GridState, bodies_of
@@ -36,8 +37,6 @@ DAMPING = 0.1
 # What they are worth: docs/quantization.md.
 SWEEPS = 3
 F32 = NDArray[np.float32]
-# Rows that a state holds are a multiple of this: compiled bodies take sixteen at a time.
-_ROWS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +100,7 @@ def quantize(
         raise ValueError(f"rows of {columns} do not divide into groups of {scheme.span}")
     device = moments.damped.device
     body = body or ("compiled" if device.type == "cpu" else "torch")
-    weight = torch.nn.functional.pad(torch.from_numpy(w).to(device), (0, 0, 0, -rows % _ROWS))
+    weight = torch.nn.functional.pad(torch.from_numpy(w).to(device), (0, 0, 0, -rows % LANES))
     state = bodies_of(GRIDS[scheme.grid]).states[body](scheme, len(weight), columns, device)
     _round_columns(weight.clone(), moments.factor, state)
     if sweeps:

@@ -6,6 +6,7 @@ and torch, in ``bodies.py``; ``lfmq.quant.grids`` lists all grids. E experts, N 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +16,9 @@ F32 = NDArray[np.float32]
 Array = NDArray[Any]
 # Weights [..., G, g] of levels [..., G, g], scale [..., B], offset, sub_scale and sub_min.
 Weights = Callable[[F32, Array, Array | None, Array | None, Array | None], F32]
+
+
+LANES = 16  # rows that a compiled body takes at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +97,11 @@ class Form(Protocol):
     @property
     def highest_code(self) -> int:
         """Largest in use."""
+
+
+def load_bodies(grid: Grid) -> Any:
+    """The algorithms of a grid, ``Bodies`` of ``lfmq.quant.state``, with numba and torch."""
+    return import_module(grid.bodies).BODIES
 
 
 def scaled(level: F32, scale: Array, *_: object) -> F32:

@@ -10,8 +10,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from lfmq.quant.grid import Stored, load_bodies
 from lfmq.quant.grids import GRIDS
-from lfmq.quant.state import bodies_of
 from lfmq.quant.types import Quantized, Scheme, quantized
 
 
@@ -37,5 +37,6 @@ def quantize(
         rows: NDArray[Any] = np.ascontiguousarray(w).view(np.uint16).reshape(-1, shape[-1])
     else:
         rows = np.ascontiguousarray(w, np.float32).reshape(-1, shape[-1])
-    whole = quantized(bodies_of(GRIDS[scheme.grid]).nearest(rows, h, scheme), scheme)
+    found: Stored = load_bodies(GRIDS[scheme.grid]).nearest(rows, h, scheme)
+    whole = quantized(found, scheme)
     return whole.map(lambda array: array.reshape(*shape[:-1], array.shape[1]))

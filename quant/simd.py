@@ -19,9 +19,9 @@ from numba import types
 from numba.extending import intrinsic, models, overload, register_model
 from numpy.typing import NDArray
 
+from lfmq.quant.grid import LANES as LANES
 from lfmq.quant.kernels import inner
 
-LANES = 16
 _FLOATS = ir.VectorType(ir.FloatType(), LANES)
 _INTS = ir.VectorType(ir.IntType(32), LANES)
 _INT = ir.IntType(32)

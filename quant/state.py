@@ -7,13 +7,12 @@ multiple of 16; c columns at a time; K columns; G groups.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any, Literal
 
 import torch
 from numpy.typing import NDArray
 
-from lfmq.quant.grid import F32, Form, Grid, Stored
+from lfmq.quant.grid import F32, Form, Grid, Stored, load_bodies
 
 T = torch.Tensor
 Body = Literal["compiled", "torch"]
@@ -112,8 +111,8 @@ class Bodies:
 
 
 def bodies_of(grid: Grid) -> Bodies:
-    """The algorithms of a grid; its module, numba and torch are imported when first asked for."""
-    found: Bodies = import_module(grid.bodies).BODIES
+    """The algorithms of a grid; its module is imported when first asked for."""
+    found: Bodies = load_bodies(grid)
     return found
 
 

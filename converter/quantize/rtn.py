@@ -14,8 +14,8 @@ from lfmq.converter.jobs.memory import unit_bytes
 from lfmq.converter.jobs.workers import open_workers
 from lfmq.formats.plan import Entry, Plan
 from lfmq.quant.errors import CheckpointError
+from lfmq.quant.grid import LANES
 from lfmq.quant.rtn import quantize
-from lfmq.quant.simd import LANES
 from lfmq.quant.types import (
     FloatType,
     Quantized,

@@ -42,7 +42,7 @@ def test_the_table() -> None:
 def test_data_needs_neither_numba_nor_torch() -> None:
     """So that a plan is made and checked before either is loaded."""
     program = (
-        "import sys, lfmq.quant.types, lfmq.formats.registry\n"
+        "import sys, lfmq.quant.rtn, lfmq.formats.registry\n"
         "print(sorted({'numba', 'llvmlite', 'torch'} & set(sys.modules)))"
     )
     done = subprocess.run(
