@@ -24,6 +24,7 @@ QUANT_TYPES: dict[tuple[str, int], GGMLQuantizationType] = {
     ("kquant", 4): GGMLQuantizationType.Q4_K,
     ("kquant", 5): GGMLQuantizationType.Q5_K,
     ("kquant", 6): GGMLQuantizationType.Q6_K,
+    ("codebook", 4): GGMLQuantizationType.IQ4_NL,
 }
 # What the blocks hold: bits and group of each grid.
 SCHEMES: Held = {
@@ -113,6 +114,7 @@ PACKERS: dict[GGMLQuantizationType, Callable[[Quantized], Bytes]] = {
     GGMLQuantizationType.Q4_K: pack_q4_k,
     GGMLQuantizationType.Q5_K: pack_q5_k,
     GGMLQuantizationType.Q6_K: pack_q6_k,
+    GGMLQuantizationType.IQ4_NL: pack_q4_0,  # block_iq4_nl has the same bytes
 }
 
 
