@@ -169,6 +169,13 @@ def open_choices(
 ) -> Choices:
     """What can be chosen, what it costs and what it takes.
 
+    Args:
+        config: of the model.
+        assets: of the checkpoint.
+        base: the recipe that rules are added to.
+        statistics: of the checkpoint.
+        formats: that have to hold every choice, by name.
+
     Raises:
         ValidationError: the statistics hold no losses.
     """
@@ -239,6 +246,14 @@ def choose_widths(
     formats: Mapping[str, Format],
 ) -> Widths:
     """The choice of least predicted divergence within the limits of every format.
+
+    Args:
+        config: of the model.
+        assets: of the checkpoint.
+        base: the recipe that rules are added to.
+        statistics: of the checkpoint.
+        limits: bytes of each format's build.
+        formats: that have to hold the choice, by name.
 
     Raises:
         RecipeError: a limit is below what the smallest choice takes.

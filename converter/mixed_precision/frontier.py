@@ -89,6 +89,12 @@ def trace_frontier(
 ) -> Frontier:
     """Choose within limits from the least to the most that a format's builds can take.
 
+    Args:
+        checkpoint: whose sizes count; no weight is read.
+        statistics: of the checkpoint.
+        name: of the format.
+        module: the format.
+
     Raises:
         ValidationError: the statistics hold no losses.
         UnsupportedError: the format cannot hold the model.

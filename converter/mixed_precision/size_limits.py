@@ -61,6 +61,12 @@ def limits_of(
     The name of another quantizer's build (``lfmq.converter.plan.presets``) stands for the bytes of
     its weights; header and tokenizer files come on top.
 
+    Args:
+        recipe: with limits.
+        config: of the model.
+        assets: of the checkpoint.
+        formats: by name.
+
     Raises:
         RecipeError: a limit is none.
     """

@@ -88,7 +88,14 @@ def budget_groups(plan: Plan, formats: Mapping[str, Format]) -> list[WidthGroup]
 
 
 def format_costs(plan: Plan, assets: Assets, module: Format, scheme: Scheme) -> FormatBytes | None:
-    """What the integers of a plan take when all are of one scheme; None where it is refused."""
+    """What the integers of a plan take when all are of one scheme; None where it is refused.
+
+    Args:
+        plan: which weights are integers.
+        assets: of the checkpoint.
+        module: the format.
+        scheme: of all integers.
+    """
     if any(e.scheme and e.shape[-1] % scheme.span for e in plan.entries):
         return None
     entries = tuple(replace(e, storage=scheme) if e.scheme else e for e in plan.entries)

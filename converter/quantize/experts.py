@@ -88,7 +88,14 @@ class FinishedExpert:
 def quantize_expert(
     inputs: LayerInputs, expert: int, read: ReadWeight, quantize: QuantizeWeight
 ) -> FinishedExpert:
-    """Quantize what reads the expert's tokens, then what writes for what these make of them."""
+    """Quantize what reads the expert's tokens, then what writes for what these make of them.
+
+    Args:
+        inputs: of the expert's layer.
+        expert: its number.
+        read: gives a weight of the checkpoint as float32, by name.
+        quantize: rounds a weight for the moments of its inputs.
+    """
     branch = inputs.block.branches[expert]
     *readers, writer = (
         torch.from_numpy(np.array(read(name))).to(inputs.x.device) for name in branch.weights

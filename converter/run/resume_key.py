@@ -25,6 +25,14 @@ def depends_on(
 ) -> dict[str, str]:
     """Each thing the bytes depend on, in words for the user, with what identifies it.
 
+    Args:
+        checkpoint: by names, sizes and times of its files.
+        recipe: by its text.
+        plan: by every tensor's storage.
+        calibration: tokens and settings; None without one.
+        statistics: that scales are chosen by; None without them.
+        device: of the calibration.
+
     Raises:
         CheckpointError: a file of the checkpoint is gone.
     """

@@ -55,6 +55,12 @@ def round_narrow(
 ) -> Quantized:
     """GPTQ at ``MEASURED``.
 
+    Args:
+        checkpoint: named in the error.
+        name: of the weight.
+        w: float32 [N, K].
+        moments: of its inputs.
+
     Raises:
         CheckpointError: the weight is not finite.
     """
