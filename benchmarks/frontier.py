@@ -19,7 +19,7 @@ from lfmq.converter.model.forward import Model
 from lfmq.converter.plan.plan import resolve_plan
 from lfmq.converter.quantize.settings import Settings
 from lfmq.converter.statistics.collect import collect
-from lfmq.formats.plan import Entry
+from lfmq.formats.plan import TensorPlan
 from lfmq.formats.registry import FORMATS
 from lfmq.validation.measure.runs import run_reference
 
@@ -43,7 +43,7 @@ def main() -> None:
     for column in columns:
         table.add_column(column, justify="left" if column in ("format", "point") else "right")
     pairs: dict[str, list[tuple[float, float]]] = {}
-    judged: dict[tuple[Entry, ...], tuple[str, str, str]] = {}  # formats share recipes
+    judged: dict[tuple[TensorPlan, ...], tuple[str, str, str]] = {}  # formats share recipes
     for name in options.to or ("gguf", "mlx", "onnx"):
         frontier = trace_frontier(sample, statistics, name, FORMATS[name])
         for point in tried(frontier.points, options.stride):

@@ -25,7 +25,7 @@ from lfmq.converter.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from lfmq.converter.checkpoint.locate import sample_file
 from lfmq.converter.plan.plan import resolve_plan
 from lfmq.converter.plan.recipe import load_recipe
-from lfmq.formats.plan import Entry, Role
+from lfmq.formats.plan import Role, TensorPlan
 from lfmq.quant.rtn import quantize
 from lfmq.quant.types import Scheme, dequantize
 
@@ -66,7 +66,9 @@ def main() -> None:
     console.print(left_out(library, groups))
 
 
-def left_out(library: ctypes.CDLL, groups: Iterable[tuple[str, Checkpoint, list[Entry]]]) -> Table:
+def left_out(
+    library: ctypes.CDLL, groups: Iterable[tuple[str, Checkpoint, list[TensorPlan]]]
+) -> Table:
     """Squared error of ggml in other types as a multiple of ours in Q4_K."""
     table = Table(title="types of ggml's that are left out; squared error over that of our Q4_K")
     table.add_column("type")
@@ -84,13 +86,13 @@ def left_out(library: ctypes.CDLL, groups: Iterable[tuple[str, Checkpoint, list[
     return table
 
 
-def entries(checkpoint: Checkpoint) -> list[Entry]:
+def entries(checkpoint: Checkpoint) -> list[TensorPlan]:
     """Weights that any type may hold."""
     plan = resolve_plan(checkpoint.config, load_recipe("int8"))
     return [e for e in plan.entries if e.scheme is not None]
 
 
-def is_chosen(entry: Entry) -> bool:
+def is_chosen(entry: TensorPlan) -> bool:
     """Of a large checkpoint some weights of every role."""
     if entry.expert is not None:
         return entry.expert == entry.layer
@@ -120,7 +122,7 @@ def speed(library: ctypes.CDLL, kind: GGMLQuantizationType, scheme: Scheme) -> l
 def errors(
     library: ctypes.CDLL,
     checkpoint: Checkpoint,
-    found: list[Entry],
+    found: list[TensorPlan],
     kind: GGMLQuantizationType,
     scheme: Scheme,
 ) -> list[str]:
@@ -132,7 +134,7 @@ def errors(
 def squares(
     library: ctypes.CDLL,
     checkpoint: Checkpoint,
-    found: list[Entry],
+    found: list[TensorPlan],
     kind: GGMLQuantizationType,
     scheme: Scheme,
     *,

@@ -138,7 +138,7 @@ def kernels(checkpoint: Checkpoint) -> list[Kernel]:
     """Reading, quantizers and packers."""
     recipe = load_recipe("int4")
     plan = resolve_plan(checkpoint.config, recipe)
-    unit = next(u for u in plan.units() if u[0].expert == 0)
+    unit = next(u for u in plan.write_groups() if u[0].expert == 0)
     names, weights = [e.name for e in unit], sum(e.size for e in unit)
     values = {name: checkpoint.read(name) for name in names}
     rows: list[Kernel] = [

@@ -31,8 +31,8 @@ from lfmq.converter.model.text import Windows, load_windows
 from lfmq.converter.plan.plan import resolve_plan
 from lfmq.converter.plan.presets import peer_schemes
 from lfmq.converter.plan.recipe import Recipe, load_recipe
-from lfmq.converter.quantize.layerwise import calibrated_units
-from lfmq.converter.quantize.rtn import nearest_units
+from lfmq.converter.quantize.layerwise import calibrated_groups
+from lfmq.converter.quantize.rtn import nearest_groups
 from lfmq.converter.quantize.settings import Calibration, Settings
 from lfmq.converter.statistics.collect import collect
 from lfmq.formats.plan import FLOAT_ROLES, ModelConfig
@@ -174,10 +174,10 @@ def ours(
     plan = resolve_plan(sample.config, recipe)
     found: dict[str, Weight] = {}
     if windows is None:
-        units = nearest_units(sample, plan, found.update)
+        units = nearest_groups(sample, plan, found.update)
     else:
         calibration = Calibration(windows, settings or Settings())
-        units = calibrated_units(sample, plan, calibration, found.update)
+        units = calibrated_groups(sample, plan, calibration, found.update)
     for _ in units:
         pass
     return {n: dequantize(w) if isinstance(w, Quantized) else w for n, w in found.items()}

@@ -103,7 +103,7 @@ def without_experts(layers: int) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class TensorPlan:
     """One tensor of the plan, under its name in the checkpoint."""
 
     name: str
@@ -129,12 +129,12 @@ class Plan:
     """Everything known before a weight is read: the model's facts and each tensor's storage."""
 
     config: ModelConfig
-    entries: tuple[Entry, ...]
+    entries: tuple[TensorPlan, ...]
     recipe: str
 
-    def units(self) -> tuple[tuple[Entry, ...], ...]:
+    def write_groups(self) -> tuple[tuple[TensorPlan, ...], ...]:
         """Entries that are processed and written together: an expert's three, else one by one."""
-        groups: dict[tuple[object, ...], list[Entry]] = {}
+        groups: dict[tuple[object, ...], list[TensorPlan]] = {}
         for entry in self.entries:
             key: tuple[object, ...] = (entry.name,)
             if entry.expert is not None:

@@ -6,14 +6,14 @@ A refusal names the tensor, what the plan asks for and what the container holds;
 
 from collections.abc import Iterable, Mapping
 
-from lfmq.formats.plan import FLOAT_ROLES, Entry
+from lfmq.formats.plan import FLOAT_ROLES, TensorPlan
 from lfmq.quant.errors import UnsupportedError
 
 # By grid and bits of a code, the groups that a container holds.
 Held = Mapping[str, Mapping[int, tuple[int, ...]]]
 
 
-def check_scheme(entry: Entry, held: Held, container: str) -> None:
+def check_scheme(entry: TensorPlan, held: Held, container: str) -> None:
     """Raise for an integer scheme that a container does not hold.
 
     Raises:

@@ -21,10 +21,10 @@ from lfmq.converter.model.tensors import expected_tensors
 from lfmq.formats.build import Assets
 from lfmq.formats.plan import (
     FLOAT_ROLES,
-    Entry,
     ModelConfig,
     Plan,
     Role,
+    TensorPlan,
 )
 from lfmq.quant.types import (
     Quantized,
@@ -130,17 +130,17 @@ def make_plan() -> Callable[..., Plan]:
             if t.role in FLOAT_ROLES:
                 storage = "float32"
             storage = (overrides or {}).get(t.name, storage)
-            entries.append(Entry(t.name, t.shape, t.role, t.layer, t.expert, storage))
+            entries.append(TensorPlan(t.name, t.shape, t.role, t.layer, t.expert, storage))
         return Plan(config, tuple(entries), "test")
 
     return make
 
 
 @pytest.fixture(scope="session")
-def random_weight() -> Callable[[Entry], Weight]:
+def random_weight() -> Callable[[TensorPlan], Weight]:
     """A random weight of the entry's storage; deterministic in the entry's name."""
 
-    def make(entry: Entry) -> Weight:
+    def make(entry: TensorPlan) -> Weight:
         rng = np.random.default_rng(list(entry.name.encode()))
         scheme = entry.scheme
         if scheme is None:
@@ -156,7 +156,7 @@ def random_weight() -> Callable[[Entry], Weight]:
     return make
 
 
-def _random_float(rng: np.random.Generator, entry: Entry) -> NDArray[np.float32]:
+def _random_float(rng: np.random.Generator, entry: TensorPlan) -> NDArray[np.float32]:
     """Values that bfloat16 and float16 both hold exactly, of a size that shows mistakes."""
     centre, spread = {
         Role.NORM: (1.0, 0.2),

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import cache
 
 from lfmq.converter.jobs.execution import Execution
-from lfmq.formats.plan import Entry, Plan
+from lfmq.formats.plan import Plan, TensorPlan
 from lfmq.quant.errors import RecipeError
 from lfmq.quant.types import SLAB, Scheme
 
@@ -55,13 +55,13 @@ def release_freed() -> None:
         trim(0)
 
 
-def unit_bytes(unit: tuple[Entry, ...]) -> int:
+def group_bytes(unit: tuple[TensorPlan, ...]) -> int:
     """What a unit of the plan holds at most from its first byte read to its last written."""
     held = sum(_held(entry) for entry in unit)
     return held + _WORK * min(SLAB, max(entry.size for entry in unit))
 
 
-def _held(entry: Entry) -> int:
+def _held(entry: TensorPlan) -> int:
     """A weight between reading and writing: codes, scales and offsets; floats come whole."""
     if not isinstance(entry.storage, Scheme):
         return _READ * entry.size
@@ -72,9 +72,9 @@ def _held(entry: Entry) -> int:
     return held + 2 * entry.size // scheme.group  # both bytes of a sub-block
 
 
-def largest_unit(plan: Plan) -> tuple[Entry, ...]:
+def largest_group(plan: Plan) -> tuple[TensorPlan, ...]:
     """The unit of the plan that needs most memory."""
-    return max(plan.units(), key=unit_bytes)
+    return max(plan.write_groups(), key=group_bytes)
 
 
 def memory_headroom(plan: Plan, execution: Execution) -> int:
@@ -84,8 +84,8 @@ def memory_headroom(plan: Plan, execution: Execution) -> int:
     """
     budget = execution.memory
     headroom = budget - peak_resident()
-    largest = largest_unit(plan)
-    needed = unit_bytes(largest) + budget - headroom
+    largest = largest_group(plan)
+    needed = group_bytes(largest) + budget - headroom
     if needed > budget:
         execution.tell(
             f"memory: {largest[0].name} alone takes up to {needed:,} bytes with the program "

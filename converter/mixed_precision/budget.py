@@ -23,13 +23,13 @@ from lfmq.converter.mixed_precision.predicted_kld import Cost, Prediction
 from lfmq.converter.mixed_precision.size_limits import Limits, limits_of
 from lfmq.converter.mixed_precision.width_groups import (
     FormatBytes,
-    Unit,
+    WidthGroup,
+    budget_groups,
     chosen_rules,
-    expert_units,
-    feed_forward_units,
+    expert_groups,
     format_costs,
     rest_bytes,
-    shared_units,
+    shared_groups,
 )
 from lfmq.converter.mixed_precision.widths import Widths
 from lfmq.converter.model.text import Windows
@@ -38,7 +38,7 @@ from lfmq.converter.plan.recipe import Recipe
 from lfmq.converter.statistics.collect import collect
 from lfmq.converter.statistics.statistics import SCHEMES, Statistics, has_losses
 from lfmq.formats.build import Assets, Format
-from lfmq.formats.plan import Entry, ModelConfig, Plan
+from lfmq.formats.plan import ModelConfig, Plan, TensorPlan
 from lfmq.quant.errors import RecipeError, ValidationError
 from lfmq.quant.types import Scheme
 
@@ -112,7 +112,7 @@ class Choices:
 
     base: Recipe
     plan: Plan
-    units: tuple[Unit, ...]
+    units: tuple[WidthGroup, ...]
     fixed: Cost
     takes: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
     rest: Mapping[str, tuple[float, float]]
@@ -187,9 +187,9 @@ def open_choices(
     everything = base.choose == "all"
     rules = [] if everything else ['[[rule]]\nroles = ["experts"]\nbits = 4']
     plan = resolve_plan(config, base.with_rules(rules))
-    units = feed_forward_units(plan, formats)
+    units = budget_groups(plan, formats)
     if everything:
-        units = expert_units(plan, formats) + shared_units(plan, formats)
+        units = expert_groups(plan, formats) + shared_groups(plan, formats)
     named = {e.name for unit in units for e in unit.entries}
     bytes_at: dict[str, dict[Scheme, FormatBytes]] = {}
     for name, module in formats.items():
@@ -228,7 +228,7 @@ def _candidates(everything: bool) -> tuple[Scheme, ...]:
     return SCHEMES if everything else _SYMMETRIC
 
 
-def _total(prediction: Prediction, entries: Iterable[Entry], scheme: Scheme) -> Cost:
+def _total(prediction: Prediction, entries: Iterable[TensorPlan], scheme: Scheme) -> Cost:
     total = Cost()
     for entry in entries:
         cost = prediction.cost(entry, scheme)

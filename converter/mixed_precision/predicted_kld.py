@@ -23,10 +23,10 @@ from lfmq.converter.model.tensors import Tensor, expected_tensors
 from lfmq.converter.statistics.statistics import SCHEMES, WHOLE, Statistics, part_of
 from lfmq.formats.plan import (
     SHARED_ROLES,
-    Entry,
     ModelConfig,
     Plan,
     Role,
+    TensorPlan,
 )
 from lfmq.quant.types import Scheme
 
@@ -72,7 +72,7 @@ class Prediction:
     statistics: Statistics
     config: ModelConfig
 
-    def cost(self, tensor: Tensor | Entry, scheme: Scheme) -> Cost | None:
+    def cost(self, tensor: Tensor | TensorPlan, scheme: Scheme) -> Cost | None:
         """What a weight on a grid costs; None for a grid that was not measured."""
         index = _INDEX.get(scheme)
         if index is None:
@@ -100,7 +100,7 @@ class Prediction:
                 total += cost
         return total.kld
 
-    def _share(self, tensor: Tensor | Entry, part: str) -> float:
+    def _share(self, tensor: Tensor | TensorPlan, part: str) -> float:
         error = self.statistics.parts[part].error * self.statistics.tokens
         return self.statistics.losses[tensor.name] / error if error else 0.0
 

@@ -8,9 +8,9 @@ from lfmq.converter.plan.plan import token_bytes
 from lfmq.formats.build import Assets, BuildLayout, Format
 from lfmq.formats.plan import (
     EXPERT_ROLES,
-    Entry,
     Plan,
     Role,
+    TensorPlan,
 )
 from lfmq.quant.errors import UnsupportedError
 from lfmq.quant.grids import GRIDS
@@ -21,7 +21,7 @@ _FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "w1": "w1, w3", "w3
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
+class WidthGroup:
     """Weights that share a grid.
 
     Attributes:
@@ -34,7 +34,7 @@ class Unit:
 
     layer: int | None
     label: str
-    entries: tuple[Entry, ...]
+    entries: tuple[TensorPlan, ...]
     schemes: tuple[Scheme, ...] = ()
     costs: tuple[Cost, ...] = ()
 
@@ -52,12 +52,12 @@ class FormatBytes:
     token: Mapping[str, float]
 
 
-def expert_units(plan: Plan, formats: Mapping[str, Format]) -> list[Unit]:
+def expert_groups(plan: Plan, formats: Mapping[str, Format]) -> list[WidthGroup]:
     """The finest units of expert weights that all formats can hold."""
     parts = {module.WIDTHS for module in formats.values()} - {"weight"}
     if "layer" in parts or {"expert", "stack"} <= parts:
         parts = {"layer"}
-    groups: dict[tuple[int, str], list[Entry]] = {}
+    groups: dict[tuple[int, str], list[TensorPlan]] = {}
     for entry in plan.entries:
         if entry.role in EXPERT_ROLES:
             assert entry.layer is not None
@@ -65,26 +65,26 @@ def expert_units(plan: Plan, formats: Mapping[str, Format]) -> list[Unit]:
             labels += [entry.role.value] if parts <= {"stack"} else []
             label = ", ".join(labels) or "experts"
             groups.setdefault((entry.layer, label), []).append(entry)
-    return [Unit(layer, label, tuple(found)) for (layer, label), found in groups.items()]
+    return [WidthGroup(layer, label, tuple(found)) for (layer, label), found in groups.items()]
 
 
-def shared_units(plan: Plan, formats: Mapping[str, Format]) -> list[Unit]:
+def shared_groups(plan: Plan, formats: Mapping[str, Format]) -> list[WidthGroup]:
     """Shared weights that the plan stores as integers, fused ones together where engines fuse."""
     fused = any(module.WIDTHS == "layer" for module in formats.values())
-    groups: dict[tuple[int | None, str], list[Entry]] = {}
+    groups: dict[tuple[int | None, str], list[TensorPlan]] = {}
     for entry in plan.entries:
         if entry.expert is None and entry.scheme is not None:
             label = entry.name.split(".")[-2]
             label = _FUSED.get(label, label) if fused else label
             groups.setdefault((entry.layer, label), []).append(entry)
-    return [Unit(layer, label, tuple(found)) for (layer, label), found in groups.items()]
+    return [WidthGroup(layer, label, tuple(found)) for (layer, label), found in groups.items()]
 
 
-def feed_forward_units(plan: Plan, formats: Mapping[str, Format]) -> list[Unit]:
+def budget_groups(plan: Plan, formats: Mapping[str, Format]) -> list[WidthGroup]:
     """What a recipe calls ``experts``: their units, or those of a model's dense feed-forward."""
     if plan.config.moe_layers:
-        return expert_units(plan, formats)
-    return [u for u in shared_units(plan, formats) if u.entries[0].role is Role.DENSE]
+        return expert_groups(plan, formats)
+    return [u for u in shared_groups(plan, formats) if u.entries[0].role is Role.DENSE]
 
 
 def format_costs(plan: Plan, assets: Assets, module: Format, scheme: Scheme) -> FormatBytes | None:
@@ -131,7 +131,7 @@ def rest_bytes(plan: Plan, layout: BuildLayout, names: set[str]) -> tuple[float,
     )
 
 
-def chosen_rules(units: Iterable[Unit], choice: Iterable[Scheme], experts: int) -> list[str]:
+def chosen_rules(units: Iterable[WidthGroup], choice: Iterable[Scheme], experts: int) -> list[str]:
     """TOML rules that give each unit its scheme."""
     shared: dict[tuple[Scheme, str], list[int]] = {}
     routed: dict[tuple[int, Role, Scheme], list[int]] = {}

@@ -7,7 +7,10 @@ from lfmq.converter.plan.recipe import Recipe
 from lfmq.formats.plan import Plan
 
 if TYPE_CHECKING:
-    from lfmq.converter.mixed_precision.width_groups import Unit
+    from lfmq.converter.mixed_precision.width_groups import WidthGroup
+
+if TYPE_CHECKING:
+    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +27,7 @@ class Widths:
 
     recipe: Recipe
     plan: Plan
-    units: "tuple[Unit, ...]" = ()
+    units: "tuple[WidthGroup, ...]" = ()
     choice: tuple[int, ...] = ()
     kld: float | None = None
 

@@ -8,10 +8,10 @@ from lfmq.converter.plan.recipe import Recipe, Rule
 from lfmq.formats.build import BuildLayout
 from lfmq.formats.plan import (
     FLOAT_ROLES,
-    Entry,
     ModelConfig,
     Plan,
     Role,
+    TensorPlan,
 )
 from lfmq.quant.errors import PlanError, RecipeError
 from lfmq.quant.types import Scheme, Storage
@@ -62,7 +62,7 @@ def _storage(tensor: Tensor, rules: list[Rule], recipe: str) -> Storage:
     raise RecipeError(f"recipe {recipe}: no rule speaks of {tensor.name} ({tensor.role})")
 
 
-def _entry(t: Tensor, storage: Storage) -> Entry:
+def _entry(t: Tensor, storage: Storage) -> TensorPlan:
     if isinstance(storage, Scheme) and t.shape[-1] % storage.span:
         remedy = "use a smaller group or a float type"
         if storage.span != storage.group:  # only a K-quant
@@ -71,7 +71,7 @@ def _entry(t: Tensor, storage: Storage) -> Entry:
             f"{t.name}: rows of {t.shape[-1]} weights do not divide into groups of "
             f"{storage.span}; {remedy}"
         )
-    return Entry(t.name, t.shape, t.role, t.layer, t.expert, storage)
+    return TensorPlan(t.name, t.shape, t.role, t.layer, t.expert, storage)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ class RoleSummary:
 
 def summarize(plan: Plan) -> tuple[RoleSummary, ...]:
     """The plan by role and storage, in the order of :class:`Role`."""
-    groups: dict[tuple[Role, Storage], list[Entry]] = {}
+    groups: dict[tuple[Role, Storage], list[TensorPlan]] = {}
     for entry in plan.entries:
         groups.setdefault((entry.role, entry.storage), []).append(entry)
     order = list(Role)

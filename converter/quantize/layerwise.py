@@ -50,7 +50,7 @@ from lfmq.converter.quantize.experts import (
 )
 from lfmq.converter.quantize.rtn import Write, not_finite, quantize_entry
 from lfmq.converter.quantize.settings import Calibrated, Calibration, ExpertCoverage, RouterStep
-from lfmq.formats.plan import Entry, Plan
+from lfmq.formats.plan import Plan, TensorPlan
 from lfmq.quant import gptq
 from lfmq.quant.linalg import ridge_factor, second_moments, step_toward
 from lfmq.quant.types import (
@@ -64,7 +64,7 @@ from lfmq.quant.types import (
 _HOLD_OUT = 8
 
 
-def calibrated_units(
+def calibrated_groups(
     checkpoint: Checkpoint,
     plan: Plan,
     calibration: Calibration,
@@ -73,7 +73,7 @@ def calibrated_units(
     state: StateFile | None = None,
     finished: frozenset[str] = frozenset(),
     execution: Execution = Execution(),
-) -> Generator[tuple[Entry, ...], None, Calibrated]:
+) -> Generator[tuple[TensorPlan, ...], None, Calibrated]:
     """Quantize and write the plan's units in the order of the model, yielding each when done.
 
     The generator returns what calibration found.
@@ -112,7 +112,7 @@ class _Run:
     ) -> None:
         self._checkpoint = checkpoint
         self._entries = {e.name: e for e in plan.entries}
-        self._units = {unit[0].name: unit for unit in plan.units()}
+        self._units = {unit[0].name: unit for unit in plan.write_groups()}
         self._calibration = calibration
         self._experts: list[ExpertCoverage] = []
         self._routers: list[RouterStep] = []
@@ -140,7 +140,7 @@ class _Run:
 
     def units(
         self, state: StateFile | None, finished: frozenset[str]
-    ) -> Iterator[tuple[Entry, ...]]:
+    ) -> Iterator[tuple[TensorPlan, ...]]:
         """All units, those of an earlier run first."""
         before = self._take_up(state, finished)
         if before is None:
@@ -150,7 +150,7 @@ class _Run:
             first = 0
         else:
             first = before
-            yield from self._units_before(first)
+            yield from self._groups_before(first)
         layers = model_blocks(self._model.config)
         for layer, blocks in list(enumerate(layers))[first:]:
             self._done.clear()
@@ -164,7 +164,7 @@ class _Run:
                 state.save(layer + 1, self.found().to_state(), tensors)
         yield from self._plain(FINAL_NORM)
 
-    def _units_before(self, layer: int) -> list[tuple[Entry, ...]]:
+    def _groups_before(self, layer: int) -> list[tuple[TensorPlan, ...]]:
         """Units that are written before a layer is begun."""
         return [
             unit
@@ -178,7 +178,7 @@ class _Run:
         if found is None:
             return None
         layer, facts, tensors = found
-        if not all(unit[0].name in finished for unit in self._units_before(layer)):
+        if not all(unit[0].name in finished for unit in self._groups_before(layer)):
             return None
         self._states, self._wanted = (
             tensors[name].to(self._model.device) for name in ("states", "wanted")
@@ -189,13 +189,15 @@ class _Run:
 
     # ---- finishing weights
 
-    def _plain(self, *names: str) -> Iterator[tuple[Entry, ...]]:
+    def _plain(self, *names: str) -> Iterator[tuple[TensorPlan, ...]]:
         """Weights that calibration does not touch."""
         for name in names:
             weight = quantize_entry(self._checkpoint, self._entries[name])
             yield self._finish({name: weight})
 
-    def _finish(self, weights: Mapping[str, Weight], *, keep: bool = True) -> tuple[Entry, ...]:
+    def _finish(
+        self, weights: Mapping[str, Weight], *, keep: bool = True
+    ) -> tuple[TensorPlan, ...]:
         """Write a unit; keep its values for the layer's forward pass, unless that was done."""
         self._write(weights)
         for name, weight in weights.items() if keep else ():
@@ -218,7 +220,7 @@ class _Run:
 
     # ---- weights every token reads
 
-    def _shared(self, block: Block) -> Iterator[tuple[Entry, ...]]:
+    def _shared(self, block: Block) -> Iterator[tuple[TensorPlan, ...]]:
         """A block whose one branch all tokens take."""
         yield from self._plain(block.norm, *block.parameters)
         yield from self._readers(list(block.branch.readers), block.norm)
@@ -245,7 +247,7 @@ class _Run:
     def _map(self, function: Callable[[slice], torch.Tensor]) -> torch.Tensor:
         return torch.cat(list(self._workers.map(function, self._parts)))
 
-    def _readers(self, names: list[str], norm: str) -> Iterator[tuple[Entry, ...]]:
+    def _readers(self, names: list[str], norm: str) -> Iterator[tuple[TensorPlan, ...]]:
         """Weights that read a norm: they shall put out what the reference does from its own."""
         weights = {n: self._reference.weight(n) for n in names}
 
@@ -261,7 +263,7 @@ class _Run:
 
     def _writer(
         self, name: str, inputs: Callable[[slice], torch.Tensor]
-    ) -> Iterator[tuple[Entry, ...]]:
+    ) -> Iterator[tuple[TensorPlan, ...]]:
         """A weight that writes to the residual stream, behind which the reference is already.
 
         It also makes up for what the stream lacks so far.
@@ -304,7 +306,7 @@ class _Run:
 
     def _round(
         self, stepped: Mapping[str, NDArray[np.float32]], moments: torch.Tensor
-    ) -> Iterator[tuple[Entry, ...]]:
+    ) -> Iterator[tuple[TensorPlan, ...]]:
         """Quantize weights that share their inputs."""
         ready = gptq.factorize(moments, self._settings.damping)
 
@@ -316,7 +318,7 @@ class _Run:
 
     # ---- router and experts
 
-    def _routed(self, block: Block, router: Router) -> Iterator[tuple[Entry, ...]]:
+    def _routed(self, block: Block, router: Router) -> Iterator[tuple[TensorPlan, ...]]:
         yield from self._plain(block.norm)
         x = self._map(lambda p: normed(self._model, block.norm, self._states[p]))
         wanted = self._map(lambda p: normed(self._reference, block.norm, self._wanted[p]))

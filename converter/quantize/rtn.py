@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from lfmq.converter.checkpoint.checkpoint import Checkpoint
 from lfmq.converter.jobs.execution import Execution
-from lfmq.converter.jobs.memory import unit_bytes
+from lfmq.converter.jobs.memory import group_bytes
 from lfmq.converter.jobs.workers import open_workers
-from lfmq.formats.plan import Entry, Plan
+from lfmq.formats.plan import Plan, TensorPlan
 from lfmq.quant.errors import CheckpointError
 from lfmq.quant.grid import LANES
 from lfmq.quant.rtn import quantize
@@ -29,11 +29,11 @@ SLAB = 2**19
 _own = threading.local()
 
 # What an error in each column of a weight costs, [K]; None counts all the same.
-Importance = Callable[[Entry], NDArray[np.float32] | None]
+Importance = Callable[[TensorPlan], NDArray[np.float32] | None]
 # Hands a unit's finished weights to every writer; may run in another process.
 Write = Callable[[Mapping[str, Weight]], Any]
 # Takes in this process what Write returned for a unit.
-Record = Callable[[tuple[Entry, ...], Any], None]
+Record = Callable[[tuple[TensorPlan, ...], Any], None]
 
 # Largest finite value of each float type; beyond it a cast gives Inf.
 _LARGEST: dict[FloatType, float] = {
@@ -47,7 +47,7 @@ class NotFiniteError(CheckpointError):
     """Weights that no run can convert, the next one as little as this one."""
 
 
-def nearest_units(
+def nearest_groups(
     checkpoint: Checkpoint,
     plan: Plan,
     write: Write,
@@ -57,7 +57,7 @@ def nearest_units(
     headroom: int = 2**62,
     record: Record | None = None,
     execution: Execution = Execution(),
-) -> Iterator[tuple[Entry, ...]]:
+) -> Iterator[tuple[TensorPlan, ...]]:
     """Quantize and write the plan's units on a pool, yielding each when it is done.
 
     The codes depend on no other unit: those whose first tensor is in ``finished`` are not even
@@ -77,18 +77,18 @@ def nearest_units(
     Raises:
         CheckpointError: a tensor cannot be read, or holds NaN or Inf.
     """
-    waiting: dict[Future[Any], tuple[Entry, ...]] = {}
+    waiting: dict[Future[Any], tuple[TensorPlan, ...]] = {}
     job = partial(_convert_unit, checkpoint, write, importance)
     with open_workers(execution.threads, execution.cluster) as workers:
         if workers.remote:
             headroom *= workers.count
-        for unit in plan.units():
+        for unit in plan.write_groups():
             if unit[0].name in finished:
                 yield unit
                 continue
             while waiting and (
                 len(waiting) >= 2 * workers.count
-                or sum(map(unit_bytes, waiting.values())) + unit_bytes(unit) > headroom
+                or sum(map(group_bytes, waiting.values())) + group_bytes(unit) > headroom
             ):
                 done, _ = wait(waiting, return_when=FIRST_COMPLETED)
                 yield from _finish(waiting, done, record)
@@ -99,10 +99,10 @@ def nearest_units(
 
 
 def _finish(
-    waiting: dict[Future[Any], tuple[Entry, ...]],
+    waiting: dict[Future[Any], tuple[TensorPlan, ...]],
     done: Iterable[Future[Any]],
     record: Record | None,
-) -> Iterator[tuple[Entry, ...]]:
+) -> Iterator[tuple[TensorPlan, ...]]:
     for future in done:
         unit = waiting.pop(future)
         found = future.result()
@@ -115,13 +115,13 @@ def _convert_unit(
     checkpoint: Checkpoint,
     write: Write,
     importance: Importance | None,
-    unit: tuple[Entry, ...],
+    unit: tuple[TensorPlan, ...],
 ) -> Any:
     return write({entry.name: quantize_entry(checkpoint, entry, importance) for entry in unit})
 
 
 def quantize_entry(
-    checkpoint: Checkpoint, entry: Entry, importance: Importance | None = None
+    checkpoint: Checkpoint, entry: TensorPlan, importance: Importance | None = None
 ) -> Weight:
     """Read a tensor and give it its storage: rounded to nearest, or floats.
 
@@ -143,7 +143,7 @@ def quantize_entry(
 
 def _quantize_slabs(
     checkpoint: Checkpoint,
-    entry: Entry,
+    entry: TensorPlan,
     scheme: Scheme,
     importance: NDArray[np.float32] | None,
 ) -> Quantized:

@@ -9,7 +9,7 @@ from typing import Any, Self
 from lfmq.converter.plan.recipe import Recipe
 from lfmq.converter.run.manifest import Made, write_manifest
 from lfmq.formats.build import BuildLayout
-from lfmq.formats.plan import Entry, Plan
+from lfmq.formats.plan import Plan, TensorPlan
 from lfmq.formats.writing.filler import Filler
 from lfmq.formats.writing.writer import BuildWriter
 from lfmq.quant.errors import PlanError
@@ -104,7 +104,7 @@ class BuildSet:
         """What writes units in other processes."""
         return Fillers([writer.filler for writer in self._writers])
 
-    def record(self, unit: tuple[Entry, ...], digests: list[tuple[str, ...]]) -> None:
+    def record(self, unit: tuple[TensorPlan, ...], digests: list[tuple[str, ...]]) -> None:
         """Note what :class:`Fillers` wrote of a unit."""
         for writer, found in zip(self._writers, digests, strict=True):
             writer.record(tuple(entry.name for entry in unit), found)

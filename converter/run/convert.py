@@ -15,20 +15,20 @@ from lfmq.converter.jobs.memory import memory_headroom
 from lfmq.converter.jobs.statefile import StateFile
 from lfmq.converter.plan.plan import bits_per_weight
 from lfmq.converter.plan.recipe import Recipe
-from lfmq.converter.quantize.layerwise import calibrated_units
-from lfmq.converter.quantize.rtn import NotFiniteError, nearest_units
+from lfmq.converter.quantize.layerwise import calibrated_groups
+from lfmq.converter.quantize.rtn import NotFiniteError, nearest_groups
 from lfmq.converter.quantize.settings import Calibrated, Calibration
 from lfmq.converter.run.build_set import BuildSet
 from lfmq.converter.run.planned import plan_layouts
 from lfmq.converter.run.resume_key import check_unchanged, depends_on
 from lfmq.converter.statistics.statistics import Statistics
 from lfmq.formats.build import BuildLayout, Format
-from lfmq.formats.plan import Entry, Plan
+from lfmq.formats.plan import Plan, TensorPlan
 from lfmq.formats.writing.page_cache import outgrows_memory
 from lfmq.quant.errors import ValidationError
 
 # Yields each unit when it is written to every build; returns what calibration found.
-_Units = Generator[tuple[Entry, ...], None, Calibrated | None]
+_Units = Generator[tuple[TensorPlan, ...], None, Calibrated | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +143,7 @@ def _write_builds(
         ) as builds,
         Fingerprints(checkpoint, drop_page_cache=drop) as inputs,
     ):
-        for line in builds.lines(len(plan.units())):
+        for line in builds.lines(len(plan.write_groups())):
             job.execution.tell(line)
         try:
             calibrated = _run(_units(job, builds, state), _amounts(job, builds), inputs, job)
@@ -175,7 +175,7 @@ def _units(job: _Job, builds: BuildSet, state: StateFile) -> _Units:
     """
     if job.calibration is not None:
         return (
-            yield from calibrated_units(
+            yield from calibrated_groups(
                 job.checkpoint,
                 job.plan,
                 job.calibration,
@@ -186,7 +186,7 @@ def _units(job: _Job, builds: BuildSet, state: StateFile) -> _Units:
             )
         )
     remote = job.execution.cluster is not None
-    yield from nearest_units(
+    yield from nearest_groups(
         job.checkpoint,
         job.plan,
         builds.fillers() if remote else builds.write,
@@ -208,7 +208,7 @@ def _amounts(job: _Job, builds: BuildSet) -> dict[str, Amount]:
             sum(job.checkpoint.stored[e.name].nbytes for e in unit),
             builds.nbytes_of(e.name for e in unit),
         )
-        for unit in job.plan.units()
+        for unit in job.plan.write_groups()
     }
 
 

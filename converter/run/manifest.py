@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lfmq.converter.plan.recipe import Recipe
-from lfmq.formats.plan import Entry, Plan
+from lfmq.formats.plan import Plan, TensorPlan
 from lfmq.formats.writing.journal import digest_of
 from lfmq.formats.writing.writer import read_run
 from lfmq.quant.errors import PlanError, ValidationError
@@ -107,7 +107,7 @@ def _kept_builds(path: Path, document: dict[str, Any]) -> dict[str, Any]:
         return {}  # none, or none of ours: it is replaced
 
 
-def _storage(entry: Entry) -> Any:
+def _storage(entry: TensorPlan) -> Any:
     return asdict(entry.storage) if isinstance(entry.storage, Scheme) else entry.storage
 
 

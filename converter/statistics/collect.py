@@ -31,7 +31,7 @@ from lfmq.converter.quantize.experts import FinishedExpert, LayerInputs, quantiz
 from lfmq.converter.quantize.settings import ExpertCoverage, Settings
 from lfmq.converter.statistics.input_stats import (
     InputsSeen,
-    Moments,
+    StatsByName,
     add_moments,
     importance_of,
     moments_of,
@@ -119,7 +119,7 @@ class _Pass:
             for name, scheme in WHOLE.items()
         }
         self._count = min(len(windows.ids), max(1, STREAM_TOKENS // windows.ids.shape[1]))
-        self._inputs: Moments = {}
+        self._inputs: StatsByName = {}
         self._losses: dict[str, float] = {}
         self._grids: dict[str, tuple[float, ...]] = {}
         self._errors: dict[str, float] = {}
@@ -236,8 +236,8 @@ class _Pass:
     ) -> torch.Tensor:
         """``run`` over the reference's hidden states, taking the moments of what it shows."""
 
-        def one(part: slice) -> tuple[torch.Tensor, Moments]:
-            seen: Moments = {}
+        def one(part: slice) -> tuple[torch.Tensor, StatsByName]:
+            seen: StatsByName = {}
 
             def observe(names: Iterable[str], x: torch.Tensor, _: torch.Tensor | None) -> None:
                 for name in names:

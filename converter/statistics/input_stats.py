@@ -15,7 +15,7 @@ from lfmq.quant.linalg import second_moments
 from lfmq.quant.types import InputStats
 
 # By the name of the weight.
-Moments = dict[str, InputStats]
+StatsByName = dict[str, InputStats]
 
 
 def moments_of(x: torch.Tensor, affinity: torch.Tensor | None = None) -> InputStats:
@@ -27,7 +27,7 @@ def moments_of(x: torch.Tensor, affinity: torch.Tensor | None = None) -> InputSt
     return InputStats(len(x), float(mass.sum()), (mass @ squares).cpu().numpy())
 
 
-def add_moments(into: Moments, name: str, found: InputStats) -> None:
+def add_moments(into: StatsByName, name: str, found: InputStats) -> None:
     """Those of more tokens."""
     into[name] = into[name] + found if name in into else found
 

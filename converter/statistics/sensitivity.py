@@ -13,7 +13,7 @@ from lfmq.converter.jobs.workers import Workers
 from lfmq.converter.model.forward import Model, ReadWeight
 from lfmq.converter.quantize.experts import FinishedExpert, LayerInputs
 from lfmq.converter.quantize.rtn import not_finite
-from lfmq.converter.statistics.input_stats import Moments, importance_of, moments_of
+from lfmq.converter.statistics.input_stats import StatsByName, importance_of, moments_of
 from lfmq.converter.statistics.statistics import MEASURED, SCHEMES
 from lfmq.quant import gptq, rtn
 from lfmq.quant.types import (
@@ -82,7 +82,7 @@ class MeasuredExpert:
         down: the same by rounded down.
     """
 
-    moments: Moments
+    moments: StatsByName
     losses: dict[str, float]
     grids: dict[str, tuple[float, ...]]
     inner: torch.Tensor

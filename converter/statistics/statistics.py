@@ -22,9 +22,9 @@ from lfmq.converter.model.tensors import Tensor, expected_tensors
 from lfmq.converter.quantize.settings import QUOTA
 from lfmq.formats.plan import (
     FLOAT_ROLES,
-    Entry,
     ModelConfig,
     Role,
+    TensorPlan,
 )
 from lfmq.quant.errors import PlanError, ValidationError
 from lfmq.quant.grids import ALIASES, GRIDS
@@ -131,7 +131,7 @@ class Statistics:
             "parts": {part: asdict(found) for part, found in self.parts.items()},
         }
 
-    def importance(self, tensor: Entry) -> NDArray[np.float32] | None:
+    def importance(self, tensor: TensorPlan) -> NDArray[np.float32] | None:
         """What an error in each column of a weight costs, float32 [K]; None where unknown.
 
         An expert below its quota shrinks toward its layer in proportion to what it lacks; the
@@ -152,7 +152,7 @@ class Statistics:
         damped: NDArray[np.float32] = (mean + _FLOOR * mean.mean()).astype(np.float32)
         return damped
 
-    def _pooled(self, tensor: Entry, found: InputStats) -> NDArray[np.float64]:
+    def _pooled(self, tensor: TensorPlan, found: InputStats) -> NDArray[np.float64]:
         if tensor.role is Role.EXPERT_DOWN:
             mean = found.mean
             return np.full(len(mean), mean.mean() or 1.0)
@@ -315,7 +315,7 @@ def has_losses(statistics: Statistics, config: ModelConfig) -> bool:
     )
 
 
-def part_of(tensor: Tensor | Entry) -> str:
+def part_of(tensor: Tensor | TensorPlan) -> str:
     """The weights whose errors cost the same at the head: ``embedding``, ``3.mixer``, ``0.dense``.
 
     Of an MoE layer ``3.inner`` are the gate and up projections, ``3.down`` the down projections.

@@ -14,11 +14,11 @@ from typing import Any, Literal
 
 from lfmq.formats.plan import (
     EXPERT_ROLES,
-    Entry,
     ModelConfig,
     ModelType,
     Plan,
     Role,
+    TensorPlan,
 )
 from lfmq.quant.types import Scheme, Storage
 
@@ -62,7 +62,7 @@ NEEDED: dict[ModelType, Callable[[ModelConfig], dict[str, Any]]] = {
 }
 
 
-def linear_entries(plan: Plan) -> tuple[Entry, ...]:
+def linear_entries(plan: Plan) -> tuple[TensorPlan, ...]:
     """The weights that may be stored as integers: every Linear but the router's gate."""
     return tuple(e for e in plan.entries if e.role in _FAMILIES)
 
@@ -110,7 +110,7 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
 # ---- patterns
 
 
-def _targets(plan: Plan, chosen: Iterable[Entry]) -> list[str]:
+def _targets(plan: Plan, chosen: Iterable[TensorPlan]) -> list[str]:
     """Patterns that match exactly these modules; layers that are alike share one."""
     cells: dict[tuple[_Family, int], dict[int, list[str]]] = {}
     for entry in chosen:
@@ -165,12 +165,12 @@ def _one_of(choices: Iterable[object]) -> str:
     return words[0] if len(words) == 1 else f"({'|'.join(words)})"
 
 
-def _layer(entry: Entry) -> int:
+def _layer(entry: TensorPlan) -> int:
     assert entry.layer is not None
     return entry.layer
 
 
-def _part(entry: Entry) -> str:
+def _part(entry: TensorPlan) -> str:
     """The last word of the module's path."""
     return entry.name.removesuffix(".weight").rpartition(".")[2]
 
@@ -204,7 +204,7 @@ def engine_warnings(plan: Plan) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _mixed(entries: Iterable[Entry]) -> list[tuple[int, set[str]]]:
+def _mixed(entries: Iterable[TensorPlan]) -> list[tuple[int, set[str]]]:
     """Layers whose entries are not all stored alike, with how they are."""
     layers: dict[int, set[Storage]] = {}
     for entry in entries:

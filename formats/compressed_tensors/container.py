@@ -36,9 +36,9 @@ from lfmq.formats.compressed_tensors.reader import open_reader as open_reader
 from lfmq.formats.huggingface.card import Runtime, model_card
 from lfmq.formats.huggingface.safetensors_layout import TensorLayout, pack_float, shard_files
 from lfmq.formats.plan import (
-    Entry,
     Plan,
     Role,
+    TensorPlan,
 )
 from lfmq.formats.schemes import Held, check_scheme
 from lfmq.quant.errors import UnsupportedError
@@ -115,12 +115,12 @@ def _engines(plan: Plan) -> bytes:
     return (_ENGINES + (warnings or _EVERY_ENGINE)).encode()
 
 
-def _is_packed(entry: Entry) -> bool:
+def _is_packed(entry: TensorPlan) -> bool:
     """Whether the codes are stored; engines look tokens up in a plain embedding only."""
     return entry.scheme is not None and entry.role is not Role.EMBEDDING
 
 
-def _tensors(entry: Entry) -> Iterator[TensorLayout]:
+def _tensors(entry: TensorPlan) -> Iterator[TensorLayout]:
     scheme = entry.scheme
     if scheme is None or not _is_packed(entry):
         yield _tensor(entry, entry.name, _float_dtype(entry), entry.shape, _pack_float)
@@ -136,11 +136,11 @@ def _tensors(entry: Entry) -> Iterator[TensorLayout]:
 
 
 def _tensor(
-    entry: Entry,
+    entry: TensorPlan,
     name: str,
     dtype: str,
     shape: tuple[int, ...],
-    pack: Callable[[Entry, Any], Bytes],
+    pack: Callable[[TensorPlan, Any], Bytes],
 ) -> TensorLayout:
     nbytes = TensorLayout(name, dtype, shape, ()).nbytes
     by_rows = pack is not _pack_shape
@@ -148,31 +148,31 @@ def _tensor(
     return TensorLayout(name, dtype, shape, (segment,))
 
 
-def _float_dtype(entry: Entry) -> str:
+def _float_dtype(entry: TensorPlan) -> str:
     return "F32" if entry.scheme is not None else _DTYPES[str(entry.storage)]
 
 
-def _stored_as(entry: Entry) -> str:
+def _stored_as(entry: TensorPlan) -> str:
     """The entry's storage in the model card."""
     if entry.scheme is None or _is_packed(entry):
         return str(entry.storage)
     return f"float32, on the grid of {entry.scheme}"
 
 
-def _pack_codes(entry: Entry, q: Quantized) -> Bytes:
+def _pack_codes(entry: TensorPlan, q: Quantized) -> Bytes:
     return pack_codes(np.ascontiguousarray(q.codes), q.scheme.bits)
 
 
-def _pack_scale(entry: Entry, q: Quantized) -> Bytes:
+def _pack_scale(entry: TensorPlan, q: Quantized) -> Bytes:
     return as_bytes(q.scale)
 
 
-def _pack_shape(entry: Entry, q: Quantized) -> Bytes:
+def _pack_shape(entry: TensorPlan, q: Quantized) -> Bytes:
     """The weight's rows and columns, whatever its values."""
     return as_bytes(np.array(entry.shape, np.int64))
 
 
-def _pack_float(entry: Entry, weight: Weight) -> Bytes:
+def _pack_float(entry: TensorPlan, weight: Weight) -> Bytes:
     values: NDArray[np.float32] = dequantize(weight) if isinstance(weight, Quantized) else weight
     remedy = 'that the recipe asks for; give it float = "bfloat16"'
     return pack_float(entry, values, _float_dtype(entry), remedy)

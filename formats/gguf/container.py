@@ -28,7 +28,7 @@ from lfmq.formats.gguf.blocks import PACKERS, QUANT_TYPES, SCHEMES
 from lfmq.formats.gguf.metadata import TensorHeader, header_bytes, tokenizer_vocabulary
 from lfmq.formats.gguf.names import name_map, split_expert, tensor_name
 from lfmq.formats.gguf.reader import open_reader as open_reader
-from lfmq.formats.plan import Entry, Plan, Role
+from lfmq.formats.plan import Plan, Role, TensorPlan
 from lfmq.formats.schemes import check_scheme
 from lfmq.quant.errors import UnsupportedError
 from lfmq.quant.types import Scheme, Storage
@@ -50,7 +50,7 @@ class _Stack:
     """One tensor of the file: its entries (an expert stack has one an expert) and type."""
 
     name: str
-    entries: tuple[Entry, ...]
+    entries: tuple[TensorPlan, ...]
     type: GGMLQuantizationType
 
     @property
@@ -101,7 +101,7 @@ def check(plan: Plan, assets: Assets) -> None:
 def _stacks(plan: Plan) -> Iterator[_Stack]:
     """The file's tensors in plan order; an expert stack stands where its first expert does."""
     names = name_map(plan.config)
-    grouped: dict[str, list[Entry]] = {}
+    grouped: dict[str, list[TensorPlan]] = {}
     for entry in plan.entries:
         grouped.setdefault(split_expert(entry.name)[0], []).append(entry)
     for key, entries in grouped.items():
@@ -115,7 +115,7 @@ def _stacks(plan: Plan) -> Iterator[_Stack]:
         yield _Stack(tensor_name(key, names), tuple(entries), _tensor_type(first))
 
 
-def _tensor_type(entry: Entry) -> GGMLQuantizationType:
+def _tensor_type(entry: TensorPlan) -> GGMLQuantizationType:
     storage: Storage = entry.storage
     if isinstance(storage, Scheme):
         return QUANT_TYPES[storage.grid, storage.bits]
@@ -156,7 +156,7 @@ def _stack_segments(stack: _Stack, offset: int) -> Iterator[Segment]:
         offset += nbytes
 
 
-def _packer(entry: Entry) -> "partial[Bytes]":
+def _packer(entry: TensorPlan) -> "partial[Bytes]":
     if isinstance(entry.storage, Scheme):
         return partial(PACKERS[_tensor_type(entry)])
     return partial(_pack_float, dtype=entry.storage)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from jinja2 import Environment, StrictUndefined
 
 from lfmq.formats.build import Assets, FileLayout
-from lfmq.formats.plan import Entry, Plan
+from lfmq.formats.plan import Plan, TensorPlan
 from lfmq.formats.versions import PROVEN, checkpoint_concerns, known_bad, plan_concerns
 
 _TEMPLATE = """\
@@ -87,7 +87,7 @@ def model_card(
     files: Iterable[FileLayout],
     format: str,
     runtime: Runtime,
-    stored_as: Callable[[Entry], str],
+    stored_as: Callable[[TensorPlan], str],
 ) -> bytes:
     """The card's bytes.
 
@@ -129,7 +129,7 @@ def _facts(assets: Assets) -> list[tuple[str, str]]:
 
 
 def _rows(
-    plan: Plan, files: Iterable[FileLayout], stored_as: Callable[[Entry], str]
+    plan: Plan, files: Iterable[FileLayout], stored_as: Callable[[TensorPlan], str]
 ) -> list[tuple[str, str, str, str, str]]:
     """One row for each role and storage, in the plan's order."""
     nbytes = _stored_nbytes(plan, files)

@@ -98,10 +98,9 @@ def _dense_facts(raw: dict[str, Any], source: Path) -> dict[str, Any]:
     if _flag(raw, "block_auto_adjust_ff_dim", source):
         width = int(2 * width / 3)
         multiplier = raw.get("block_ffn_dim_multiplier", 1.0)
-        if multiplier is not None:
-            width = int(_real(multiplier, "block_ffn_dim_multiplier", source) * width)
-            step = _integer({"block_multiple_of": 256} | raw, "block_multiple_of", source, least=1)
-            width = step * -(-width // step)
+        width = int(_real(multiplier, "block_ffn_dim_multiplier", source) * width)
+        step = _integer({"block_multiple_of": 256} | raw, "block_multiple_of", source, least=1)
+        width = step * -(-width // step)
     if not 1 <= width <= _LARGEST:
         raise CheckpointError(
             f"{source}: the feed-forward width that block_ff_dim and its multiplier give is "

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from lfmq.formats.build import Bytes, FileLayout, Segment, as_bytes, as_json, text_file
 from lfmq.formats.huggingface.safetensors_file import DTYPES
-from lfmq.formats.plan import Entry
+from lfmq.formats.plan import TensorPlan
 from lfmq.quant.errors import UnsupportedError
 
 # The size at which mlx-lm and transformers start a new file.
@@ -118,7 +118,7 @@ def _file(name: str, tensors: list[TensorLayout], metadata: Mapping[str, str]) -
     return FileLayout(name, offset, ((0, start),), tuple(segments))
 
 
-def pack_float(entry: Entry, values: NDArray[np.float32], dtype: str, remedy: str) -> Bytes:
+def pack_float(entry: TensorPlan, values: NDArray[np.float32], dtype: str, remedy: str) -> Bytes:
     """Floats as ``F32``, ``BF16`` or ``F16``.
 
     Raises:

@@ -35,9 +35,9 @@ from lfmq.formats.huggingface.safetensors_layout import (
 from lfmq.formats.mlx.names import NAMES, module_path
 from lfmq.formats.mlx.reader import open_reader as open_reader
 from lfmq.formats.plan import (
-    Entry,
     Plan,
     Role,
+    TensorPlan,
 )
 from lfmq.formats.schemes import Held, check_scheme
 from lfmq.quant.errors import UnsupportedError
@@ -95,7 +95,7 @@ def check(plan: Plan, assets: Assets) -> None:
         _check_stack(entries)
 
 
-def _check_stack(entries: tuple[Entry, ...]) -> None:
+def _check_stack(entries: tuple[TensorPlan, ...]) -> None:
     for entry in entries:
         if entry.storage != entries[0].storage:
             raise UnsupportedError(
@@ -125,16 +125,16 @@ def sharded_layout(plan: Plan, assets: Assets, **options: int) -> BuildLayout:
     return BuildLayout(NAME, tuple(files))
 
 
-def _modules(plan: Plan) -> Iterator[tuple[str, tuple[Entry, ...]]]:
+def _modules(plan: Plan) -> Iterator[tuple[str, tuple[TensorPlan, ...]]]:
     """Module paths in file order with their entries; an expert stack has one for each expert."""
-    modules: dict[str, list[Entry]] = {}
+    modules: dict[str, list[TensorPlan]] = {}
     for entry in plan.entries:
         modules.setdefault(module_path(entry.name, plan.config.model_type)[0], []).append(entry)
     for path, entries in modules.items():
         yield path, tuple(entries)
 
 
-def _tensors(path: str, entries: tuple[Entry, ...]) -> Iterator[TensorLayout]:
+def _tensors(path: str, entries: tuple[TensorPlan, ...]) -> Iterator[TensorLayout]:
     first = entries[0]
     stack = () if first.expert is None else (len(entries),)
     if first.scheme is None:
@@ -160,8 +160,8 @@ def _tensor(
     name: str,
     dtype: str,
     shape: tuple[int, ...],
-    entries: tuple[Entry, ...],
-    pack: Callable[[Entry, Any], Bytes],
+    entries: tuple[TensorPlan, ...],
+    pack: Callable[[TensorPlan, Any], Bytes],
 ) -> TensorLayout:
     whole = TensorLayout(name, dtype, shape, ())
     nbytes = whole.nbytes // len(entries)
@@ -172,13 +172,13 @@ def _tensor(
     return TensorLayout(name, dtype, shape, segments)
 
 
-def _float_dtype(entry: Entry) -> str:
+def _float_dtype(entry: TensorPlan) -> str:
     if entry.role in _FLOAT16_ROLES:
         return "F16"
     return _DTYPES[str(entry.storage)]
 
 
-def _stored_as(entry: Entry) -> str:
+def _stored_as(entry: TensorPlan) -> str:
     """The entry's storage in the model card."""
     if entry.scheme is not None:
         return str(entry.scheme)
@@ -217,15 +217,15 @@ def _scheme_json(scheme: Scheme) -> dict[str, Any]:
     return {"group_size": scheme.group, "bits": scheme.bits, "mode": "affine"}
 
 
-def _pack_codes(entry: Entry, q: Quantized) -> Bytes:
+def _pack_codes(entry: TensorPlan, q: Quantized) -> Bytes:
     return pack_codes(np.ascontiguousarray(q.codes), q.scheme.bits)
 
 
-def _pack_scales(entry: Entry, q: Quantized) -> Bytes:
+def _pack_scales(entry: TensorPlan, q: Quantized) -> Bytes:
     return as_bytes(q.scale)
 
 
-def _pack_biases(entry: Entry, q: Quantized) -> Bytes:
+def _pack_biases(entry: TensorPlan, q: Quantized) -> Bytes:
     """The affine offset; symmetric: -2 ** (bits - 1) scales, exact unless that overflows."""
     if q.offset is not None:
         return as_bytes(q.offset)
@@ -238,6 +238,6 @@ def _pack_biases(entry: Entry, q: Quantized) -> Bytes:
     return as_bytes(q.scale * np.float16(-q.scheme.zero_point))
 
 
-def _pack_float(entry: Entry, values: NDArray[np.float32]) -> Bytes:
+def _pack_float(entry: TensorPlan, values: NDArray[np.float32]) -> Bytes:
     remedy = "that mlx stores it in; use gguf or onnx"
     return pack_float(entry, values, _float_dtype(entry), remedy)

@@ -25,7 +25,7 @@ from lfmq.formats.onnx.graph import GraphBuilder
 from lfmq.formats.onnx.reader import DATA_FILE, MODEL_FILE
 from lfmq.formats.onnx.reader import open_reader as open_reader
 from lfmq.formats.onnx.tensors import DataTensor, float_dtype
-from lfmq.formats.plan import Entry, Plan
+from lfmq.formats.plan import Plan, TensorPlan
 from lfmq.formats.schemes import Held, check_scheme
 from lfmq.quant.errors import UnsupportedError
 
@@ -80,7 +80,7 @@ def check(plan: Plan, assets: Assets) -> None:
 
 def _check_experts(plan: Plan) -> None:
     """An expert's projections go through one operator and share their storage."""
-    first: dict[tuple[int | None, int], Entry] = {}
+    first: dict[tuple[int | None, int], TensorPlan] = {}
     for entry in plan.entries:
         if entry.expert is None:
             continue
@@ -121,7 +121,7 @@ def layout(plan: Plan, assets: Assets) -> BuildLayout:
     return BuildLayout(NAME, tuple(files))
 
 
-def _stored_as(entry: Entry) -> str:
+def _stored_as(entry: TensorPlan) -> str:
     """The entry's storage in the model card."""
     return str(entry.storage)
 

@@ -24,7 +24,7 @@ from lfmq.formats.onnx.tensors import (
     rotary_tables,
     zero_nbytes,
 )
-from lfmq.formats.plan import Entry, Plan
+from lfmq.formats.plan import Plan, TensorPlan
 from lfmq.quant.types import Scheme, Storage
 
 OPSET = 23
@@ -159,7 +159,7 @@ class GraphBuilder:
         quantized = self._quantized(entry.name, s, blocks, blocks[:2], ((entry.name,),))
         return self._matmul_nbits(f"/{module}", x, quantized, entry)
 
-    def _matmul_nbits(self, name: str, x: str, quantized: list[str], entry: Entry) -> str:
+    def _matmul_nbits(self, name: str, x: str, quantized: list[str], entry: TensorPlan) -> str:
         n, k = entry.shape
         scheme = entry.scheme
         assert scheme is not None

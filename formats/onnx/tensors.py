@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from lfmq.formats.bits import pack_codes, unpack_codes
 from lfmq.formats.build import Bytes, as_bytes
-from lfmq.formats.plan import Entry
+from lfmq.formats.plan import TensorPlan
 from lfmq.quant.errors import UnsupportedError
 from lfmq.quant.types import Quantized, Scheme
 
@@ -52,7 +52,7 @@ class DataTensor:
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
-def float_dtype(entry: Entry) -> type[np.float32] | type[np.float16]:
+def float_dtype(entry: TensorPlan) -> type[np.float32] | type[np.float16]:
     """The type a tensor stored as floats has in the file.
 
     Raises:

@@ -126,15 +126,15 @@ def test_validate(builds):
 
 
 @pytest.mark.parametrize(
-    ("option", "limit", "figure"),
+    ("option", "limit", "figure", "title"),
     [
-        ("--max-kld", 1e-9, "kld.mean"),
-        ("--max-perplexity-ratio", 0.5, "perplexity_ratio"),
-        ("--max-rms-delta-p", 1e-9, "rms_delta_p"),
-        ("--min-routing", 1.1, "routing.exact_set"),
+        ("--max-kld", 1e-9, "kld.mean", "mean KLD"),
+        ("--max-perplexity-ratio", 0.5, "perplexity_ratio", "perplexity ratio"),
+        ("--max-rms-delta-p", 1e-9, "rms_delta_p", "RMS Δp"),
+        ("--min-routing", 1.1, "routing.exact_set", "routing agreement"),
     ],
 )
-def test_a_missed_threshold_exits_3(builds, option, limit, figure):
+def test_a_missed_threshold_exits_3(builds, option, limit, figure, title):
     done = validate(builds, option, limit, "--json")
     assert done.exit_code == 3
     found = json.loads(done.stdout)
@@ -142,7 +142,7 @@ def test_a_missed_threshold_exits_3(builds, option, limit, figure):
     assert [f["figure"] for f in found["failures"]] == [figure]
     shown = validate(builds, option, limit)
     assert shown.exit_code == 3
-    assert f"{figure} is" in shown.stdout
+    assert f"{title} is" in shown.stdout
 
 
 def test_a_gate_of_a_file_and_a_baseline(builds, tmp_path):

@@ -8,10 +8,10 @@ import pytest
 
 from lfmq.converter.checkpoint.checkpoint import open_checkpoint
 from lfmq.converter.jobs.execution import Execution
-from lfmq.converter.jobs.memory import largest_unit, parse_bytes, peak_resident, unit_bytes
+from lfmq.converter.jobs.memory import group_bytes, largest_group, parse_bytes, peak_resident
 from lfmq.converter.plan.plan import resolve_plan
 from lfmq.converter.plan.recipe import load_recipe, parse_recipe
-from lfmq.converter.quantize.rtn import nearest_units, quantize_entry
+from lfmq.converter.quantize.rtn import nearest_groups, quantize_entry
 from lfmq.converter.run.convert import convert
 from lfmq.converter.run.planned import plan_builds
 from lfmq.formats.registry import FORMATS
@@ -63,13 +63,13 @@ def test_a_unit_holds_no_more_than_it_is_said_to(sample, tmp_path, monkeypatch, 
         monkeypatch.setattr(f"lfmq.{module}.SLAB", 2**18)
     recipe = parse_recipe(RECIPES[name], name, name) if name in RECIPES else load_recipe(name)
     plan = resolve_plan(sample.config, recipe)
-    kinds = {e.storage: unit for unit in plan.units() for e in unit}
+    kinds = {e.storage: unit for unit in plan.write_groups() for e in unit}
     for format_name, layout in layouts(sample, plan).items():
         with BuildWriter(tmp_path / "first", layout) as writer:  # kernels that pack are compiled
             for unit in {unit[0].name: unit for unit in kinds.values()}.values():
                 writer.write({e.name: quantize_entry(sample, e) for e in unit})
         with BuildWriter(tmp_path / format_name, layout) as writer:
-            for unit in plan.units():
+            for unit in plan.write_groups():
                 if sum(e.size for e in unit) < 2**15:
                     continue  # Python's own objects outweigh it
                 quantize_entry(sample, unit[0])  # compiled and loaded before it counts
@@ -77,7 +77,7 @@ def test_a_unit_holds_no_more_than_it_is_said_to(sample, tmp_path, monkeypatch, 
                 writer.write({e.name: quantize_entry(sample, e) for e in unit})
                 _, peak = tracemalloc.get_traced_memory()
                 tracemalloc.stop()
-                assert peak <= unit_bytes(unit) + 2**17, (format_name, unit[0].name)
+                assert peak <= group_bytes(unit) + 2**17, (format_name, unit[0].name)
 
 
 @pytest.mark.parametrize(
@@ -121,13 +121,13 @@ def test_the_bytes_do_not_depend_on_the_memory(sample, tmp_path, monkeypatch):
     execution = Execution(memory=1, notice=lines.append)
     convert(sample, recipe, plan, FORMATS, tmp_path / "little", execution=execution)
     (line,) = lines
-    assert line.startswith(f"memory: {largest_unit(plan)[0].name} alone takes up to ")
+    assert line.startswith(f"memory: {largest_group(plan)[0].name} alone takes up to ")
     assert read_all(tmp_path / "much") == read_all(tmp_path / "little")
 
 
 def test_units_in_work_fit_the_headroom(sample):
     plan = resolve_plan(sample.config, load_recipe("int4"))
-    by_name = {unit[0].name: unit_bytes(unit) for unit in plan.units()}
+    by_name = {unit[0].name: group_bytes(unit) for unit in plan.write_groups()}
     lock, held, most = threading.Lock(), [0], [0]
 
     def write(weights):
@@ -138,7 +138,7 @@ def test_units_in_work_fit_the_headroom(sample):
             held[0] -= by_name[next(iter(weights))]
 
     headroom, execution = max(by_name.values()), Execution(threads=4)
-    units = nearest_units(sample, plan, write, headroom=headroom, execution=execution)
+    units = nearest_groups(sample, plan, write, headroom=headroom, execution=execution)
     assert len(list(units)) == len(by_name)
     assert most[0] <= headroom
 

@@ -11,7 +11,7 @@ from lfmq.converter.mixed_precision.budget import (
     settle_widths,
 )
 from lfmq.converter.mixed_precision.size_limits import parse_budget
-from lfmq.converter.mixed_precision.width_groups import expert_units
+from lfmq.converter.mixed_precision.width_groups import expert_groups
 from lfmq.converter.model.text import load_windows
 from lfmq.converter.plan.plan import resolve_plan, token_bytes
 from lfmq.converter.plan.presets import peer_bytes
@@ -104,7 +104,7 @@ def test_no_other_choice_of_that_size_is_better(sample, statistics):
 )
 def test_units_suit_all_formats(sample, statistics, names, groups):
     plan = resolve_plan(sample.config, load_recipe("int4"))
-    found = expert_units(plan, of(*names))
+    found = expert_groups(plan, of(*names))
     assert len(found) == groups
     assert sum(len(unit.entries) for unit in found) == 192
     widths = settle_widths(sample, load_recipe("int4"), of(*names), statistics, "7.2bpw")

@@ -14,8 +14,8 @@ from lfmq.converter.model.forward import Model
 from lfmq.converter.model.text import load_windows
 from lfmq.converter.plan.plan import resolve_plan
 from lfmq.converter.plan.recipe import load_recipe
-from lfmq.converter.quantize.layerwise import calibrated_units
-from lfmq.converter.quantize.rtn import nearest_units
+from lfmq.converter.quantize.layerwise import calibrated_groups
+from lfmq.converter.quantize.rtn import nearest_groups
 from lfmq.converter.quantize.settings import Calibration
 from lfmq.converter.run.convert import convert
 from lfmq.formats.registry import FORMATS
@@ -46,9 +46,9 @@ def run(sample, recipe, windows=None, threads=2, plan=None):
     execution, returned = Execution(threads=threads), list[Any]()
     units: Any
     if windows is None:
-        units = nearest_units(sample, plan, found.update, execution=execution)
+        units = nearest_groups(sample, plan, found.update, execution=execution)
     else:
-        units = calibrated_units(
+        units = calibrated_groups(
             sample, plan, Calibration(windows), found.update, execution=execution
         )
 
@@ -228,7 +228,7 @@ def test_on_a_gpu(sample, calibrated):
     plan = resolve_plan(sample.config, load_recipe("int4"))
     found: dict = {}
     execution = Execution(device="cuda")
-    list(calibrated_units(sample, plan, Calibration(windows), found.update, execution=execution))
+    list(calibrated_groups(sample, plan, Calibration(windows), found.update, execution=execution))
     first = "model.layers.0.conv.in_proj.weight"
     assert np.mean(found[first].scale == calibrated[0][first].scale) > 0.9
     text = windows_of(sample, "evaluation.jsonl", 4096)

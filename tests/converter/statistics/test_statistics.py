@@ -32,7 +32,7 @@ from lfmq.converter.statistics.statistics import (
     part_of,
     save_statistics,
 )
-from lfmq.formats.plan import FLOAT_ROLES, Entry, Role
+from lfmq.formats.plan import FLOAT_ROLES, Role, TensorPlan
 from lfmq.quant import rtn
 from lfmq.quant.errors import LfmqError, PlanError, ValidationError
 from lfmq.quant.types import InputStats, Scheme, dequantize
@@ -209,7 +209,7 @@ def test_merging_halves_gives_the_whole(sample, windows, statistics):
 def test_cold_experts_take_the_layers_importance():
     def entry(expert, role=Role.EXPERT_GATE, part="w1"):
         name = f"model.layers.2.feed_forward.experts.{expert}.{part}.weight"
-        return Entry(name, (4, 4), role, 2, expert, Scheme(4))
+        return TensorPlan(name, (4, 4), role, 2, expert, Scheme(4))
 
     warm = InputStats(1000, 500.0, np.array([500.0, 1000.0, 0.0, 0.0]))
     cold = InputStats(0, 0.0, np.zeros(4))

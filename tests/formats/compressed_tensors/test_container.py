@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from lfmq.formats.build import Assets
 from lfmq.formats.compressed_tensors import container as ct
 from lfmq.formats.plan import (
-    Entry,
     ModelConfig,
     Plan,
     Role,
+    TensorPlan,
 )
 from lfmq.formats.registry import detect_format
 from lfmq.formats.writing.writer import BuildWriter
@@ -36,7 +36,7 @@ from lfmq.quant.types import (
 convert = pytest.importorskip("compressed_tensors.entrypoints.convert")
 quantization = pytest.importorskip("compressed_tensors.quantization")
 transformers = pytest.importorskip("transformers")
-RandomWeight = Callable[[Entry], Weight]
+RandomWeight = Callable[[TensorPlan], Weight]
 MakePlan = Callable[..., Plan]
 
 LAYERS = "model.layers."
@@ -46,13 +46,13 @@ EMBEDDING = "model.embed_tokens.weight"
 def write(path: Path, plan: Plan, assets: Assets, weight: RandomWeight, **options: int) -> Path:
     ct.check(plan, assets)
     with BuildWriter(path, ct.sharded_layout(plan, assets, **options)) as writer:
-        for unit in plan.units():
+        for unit in plan.write_groups():
             writer.write({e.name: weight(e) for e in unit})
         writer.commit()
     return path
 
 
-def floats(entry: Entry, weight: RandomWeight) -> Any:
+def floats(entry: TensorPlan, weight: RandomWeight) -> Any:
     """What the file holds: values asked for as float16 are rounded to it."""
     values = weight(entry)
     if isinstance(values, Quantized):
@@ -223,7 +223,7 @@ def test_packing_is_the_librarys(bits: int, group: int) -> None:
     rng = np.random.default_rng(bits)
     codes = rng.integers(0, 2**bits, (3, 256), dtype=np.uint8)
     scheme = Scheme(bits, group)
-    entry = Entry("model.some.weight", codes.shape, Role.ATTENTION, 0, None, scheme)
+    entry = TensorPlan("model.some.weight", codes.shape, Role.ATTENTION, 0, None, scheme)
     q = Quantized(codes, np.ones((3, 256 // group), np.float16), scheme)
     signed = torch.from_numpy(codes.astype(np.int16) - 2 ** (bits - 1)).to(torch.int8)
     theirs = helpers.pack_to_int32(signed, bits).numpy()
@@ -231,7 +231,7 @@ def test_packing_is_the_librarys(bits: int, group: int) -> None:
 
 
 def test_golden_bytes_of_a_row() -> None:
-    entry = Entry("model.some.weight", (1, 32), Role.ATTENTION, 0, None, Scheme(4))
+    entry = TensorPlan("model.some.weight", (1, 32), Role.ATTENTION, 0, None, Scheme(4))
     codes = np.arange(32, dtype=np.uint8)[None] % 16
     q = Quantized(codes, np.array([[0.5]], np.float16), Scheme(4))
     assert ct._pack_codes(entry, q).tobytes().hex() == "1032547698badcfe" * 2
@@ -555,7 +555,7 @@ def test_a_plan_of_floats_is_refused(
 
 
 def test_a_value_beyond_float16_is_refused() -> None:
-    entry = Entry("model.some.weight", (2,), Role.ATTENTION, 0, None, "float16")
+    entry = TensorPlan("model.some.weight", (2,), Role.ATTENTION, 0, None, "float16")
     values: NDArray[np.float32] = np.array([1, -70000], np.float32)
     with pytest.raises(UnsupportedError, match=r"model\.some\.weight: holds 70000"):
         ct._pack_float(entry, values)

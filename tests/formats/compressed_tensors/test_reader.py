@@ -12,7 +12,7 @@ from lfmq.converter.model.tensors import expected_tensors
 from lfmq.formats.build import Assets
 from lfmq.formats.compressed_tensors import container as ct
 from lfmq.formats.compressed_tensors.reader import _shape
-from lfmq.formats.plan import Entry, ModelConfig, Plan
+from lfmq.formats.plan import ModelConfig, Plan, TensorPlan
 from lfmq.formats.registry import detect_format
 from lfmq.formats.writing.writer import BuildWriter
 from lfmq.quant.errors import ValidationError
@@ -28,11 +28,11 @@ def build(
     tiny_config: ModelConfig,
     tiny_assets: Assets,
     make_plan: Callable[..., Plan],
-    random_weight: Callable[[Entry], Weight],
+    random_weight: Callable[[TensorPlan], Weight],
 ) -> Path:
     plan = make_plan(tiny_config)
     with BuildWriter(tmp_path / "a", ct.layout(plan, tiny_assets)) as writer:
-        for unit in plan.units():
+        for unit in plan.write_groups():
             writer.write({e.name: random_weight(e) for e in unit})
         writer.commit()
     return tmp_path / "a"

@@ -13,7 +13,7 @@ from gguf.quants import dequantize as gguf_dequantize
 
 from lfmq.formats.build import Assets
 from lfmq.formats.gguf import container as gguf
-from lfmq.formats.plan import Entry, ModelConfig, Plan
+from lfmq.formats.plan import ModelConfig, Plan, TensorPlan
 from lfmq.formats.registry import FORMATS, check_plan
 from lfmq.formats.writing.writer import BuildWriter
 from lfmq.quant.errors import UnsupportedError, ValidationError
@@ -27,7 +27,7 @@ from lfmq.quant.types import (
 from lfmq.validation.engines.child_process import run_native
 from lfmq.validation.engines.protocol import EngineRequest
 
-RandomWeight = Callable[[Entry], Weight]
+RandomWeight = Callable[[TensorPlan], Weight]
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def assets(tiny_assets: Assets, config: ModelConfig) -> Assets:
 def write(path: Path, plan: Plan, assets: Assets, random_weight: RandomWeight) -> Path:
     gguf.check(plan, assets)
     with BuildWriter(path, gguf.layout(plan, assets)) as writer:
-        for unit in plan.units():
+        for unit in plan.write_groups():
             writer.write({e.name: random_weight(e) for e in unit})
         writer.commit()
     return path

@@ -18,10 +18,10 @@ from lfmq.formats.mlx import container as mlx
 from lfmq.formats.mlx.names import module_path
 from lfmq.formats.onnx import container as onnx
 from lfmq.formats.plan import (
-    Entry,
     ModelConfig,
     Plan,
     Role,
+    TensorPlan,
 )
 from lfmq.formats.registry import check_plan
 from lfmq.formats.writing.writer import BuildWriter
@@ -35,7 +35,7 @@ from lfmq.quant.types import (
 
 mx = pytest.importorskip("mlx.core")
 mlx_utils = pytest.importorskip("mlx_lm.utils")
-RandomWeight = Callable[[Entry], Weight]
+RandomWeight = Callable[[TensorPlan], Weight]
 MakePlan = Callable[..., Plan]
 
 # rows that every group divides
@@ -55,7 +55,7 @@ FLOAT16_UNIT = 2**-11
 def affine(random_weight: RandomWeight) -> RandomWeight:
     """Random weights, on the affine grid with offsets of many digits."""
 
-    def make(entry: Entry) -> Weight:
+    def make(entry: TensorPlan) -> Weight:
         weight = random_weight(entry)
         scheme = entry.scheme
         if not isinstance(weight, Quantized) or scheme is None or scheme.grid == "symmetric":
@@ -71,7 +71,7 @@ def affine(random_weight: RandomWeight) -> RandomWeight:
 def write(path: Path, plan: Plan, assets: Assets, weight: RandomWeight) -> Path:
     mlx.check(plan, assets)
     with BuildWriter(path, mlx.layout(plan, assets)) as writer:
-        for unit in plan.units():
+        for unit in plan.write_groups():
             writer.write({e.name: weight(e) for e in unit})
         writer.commit()
     return path
@@ -122,7 +122,9 @@ def test_mlx_reads_and_computes_the_same_values(
     assert np.abs(np.array(model(mx.array(ids))) - expected).max() < FLOAT32_LOGITS
 
 
-WEIGHT = Entry("model.some.weight", (1, 32), Role.ATTENTION, 0, None, Scheme(4, 32, "affine_bias"))
+WEIGHT = TensorPlan(
+    "model.some.weight", (1, 32), Role.ATTENTION, 0, None, Scheme(4, 32, "affine_bias")
+)
 
 
 def test_golden_bytes_of_a_row() -> None:

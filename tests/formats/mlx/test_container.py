@@ -17,10 +17,10 @@ from lfmq.formats.build import Assets
 from lfmq.formats.mlx import container as mlx
 from lfmq.formats.mlx.names import module_path
 from lfmq.formats.plan import (
-    Entry,
     ModelConfig,
     Plan,
     Role,
+    TensorPlan,
 )
 from lfmq.formats.writing.writer import BuildWriter
 from lfmq.quant.errors import UnsupportedError
@@ -34,7 +34,7 @@ from lfmq.quant.types import (
 mx = pytest.importorskip("mlx.core")
 mlx_lm = pytest.importorskip("mlx_lm")
 mlx_utils = pytest.importorskip("mlx_lm.utils")
-RandomWeight = Callable[[Entry], Weight]
+RandomWeight = Callable[[TensorPlan], Weight]
 MakePlan = Callable[..., Plan]
 
 # mlx-lm computes in the dtype of the file's scales: activations are float16 (11 bits) through
@@ -48,7 +48,7 @@ FLOAT32_LOGITS = 1e-4
 def write(path: Path, plan: Plan, assets: Assets, weight: RandomWeight, **options: int) -> Path:
     mlx.check(plan, assets)
     with BuildWriter(path, mlx.sharded_layout(plan, assets, **options)) as writer:
-        for unit in plan.units():
+        for unit in plan.write_groups():
             writer.write({e.name: weight(e) for e in unit})
         writer.commit()
     return path
@@ -142,8 +142,8 @@ def test_the_safetensors_library_reads_names_shapes_and_dtypes(
     assert set(index["weight_map"]) == set(found)
 
 
-WEIGHT = Entry("model.some.weight", (1, 32), Role.ATTENTION, 0, None, Scheme(4))
-NORM = Entry("model.some_norm.weight", (2,), Role.NORM, 0, None, "float32")
+WEIGHT = TensorPlan("model.some.weight", (1, 32), Role.ATTENTION, 0, None, Scheme(4))
+NORM = TensorPlan("model.some_norm.weight", (2,), Role.NORM, 0, None, "float32")
 
 
 def test_golden_bytes_of_a_row() -> None:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from lfmq.formats.build import Assets
 from lfmq.formats.onnx import container as onnx_format
 from lfmq.formats.onnx.tensors import pack_scale, pack_weights, pack_zero, unpack, zero_nbytes
-from lfmq.formats.plan import Entry, ModelConfig, Plan
+from lfmq.formats.plan import ModelConfig, Plan, TensorPlan
 from lfmq.formats.writing.writer import BuildWriter
 from lfmq.quant.errors import UnsupportedError
 from lfmq.quant.types import (
@@ -45,10 +45,10 @@ Build = Callable[..., tuple[Path, Assets, Weights]]
 
 
 @pytest.fixture
-def asymmetric(random_weight: Callable[[Entry], Weight]) -> Callable[[Entry], Weight]:
+def asymmetric(random_weight: Callable[[TensorPlan], Weight]) -> Callable[[TensorPlan], Weight]:
     """Random weights, on the asymmetric grid with zero points over its whole range."""
 
-    def make(entry: Entry) -> Weight:
+    def make(entry: TensorPlan) -> Weight:
         weight = random_weight(entry)
         scheme = entry.scheme
         if not isinstance(weight, Quantized) or scheme is None or scheme.grid == "symmetric":
@@ -67,7 +67,7 @@ def build(
     tiny_config: ModelConfig,
     tiny_assets: Assets,
     make_plan: MakePlan,
-    asymmetric: Callable[[Entry], Weight],
+    asymmetric: Callable[[TensorPlan], Weight],
     tmp_path: Path,
 ) -> Build:
     def write(name: str = "build", **storages: object) -> tuple[Path, Assets, Weights]:
@@ -76,7 +76,7 @@ def build(
         onnx_format.check(plan, assets)
         weights: Weights = {}
         with BuildWriter(tmp_path / name, onnx_format.layout(plan, assets)) as writer:
-            for unit in plan.units():
+            for unit in plan.write_groups():
                 values = {entry.name: asymmetric(entry) for entry in unit}
                 writer.write(values)
                 for tensor, w in values.items():

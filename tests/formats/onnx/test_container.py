@@ -16,7 +16,7 @@ from transformers import Lfm2MoeConfig, Lfm2MoeForCausalLM
 
 from lfmq.formats.build import Assets
 from lfmq.formats.onnx import container as onnx_format
-from lfmq.formats.plan import Entry, ModelConfig, Plan
+from lfmq.formats.plan import ModelConfig, Plan, TensorPlan
 from lfmq.formats.writing.writer import BuildWriter
 from lfmq.quant.errors import UnsupportedError, ValidationError
 from lfmq.quant.types import (
@@ -42,7 +42,7 @@ Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
 Weights = dict[str, NDArray[np.float32]]
 MakePlan = Callable[..., Plan]
-MakeWeight = Callable[[Entry], Weight]
+MakeWeight = Callable[[TensorPlan], Weight]
 Build = Callable[..., tuple[Path, Weights]]
 
 
@@ -66,7 +66,7 @@ def build(
         onnx_format.check(plan, assets)
         weights: Weights = {}
         with BuildWriter(tmp_path / name, onnx_format.layout(plan, assets)) as writer:
-            for unit in plan.units():
+            for unit in plan.write_groups():
                 values = {entry.name: random_weight(entry) for entry in unit}
                 writer.write(values)
                 for tensor, w in values.items():
