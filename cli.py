@@ -14,7 +14,6 @@ from lfmq.commands.plan import plan
 from lfmq.commands.validate import validate
 from lfmq.commands.verify import verify
 from lfmq.quant.errors import LfmqError, UsageError
-from lfmq.quant.kernels import on_first_compile
 
 
 class Commands(click.Group):
@@ -55,7 +54,6 @@ def main() -> None:
     CHECKPOINT is a folder with config.json and safetensors, the word 'sample' (a small mixture of
     experts) or 'sample-dense' (a small dense model), or a Hub id org/name[@revision].
     """
-    on_first_compile(lambda: click.echo("compiling kernels, cached for next time", err=True))
 
 
 for command in (inspect, plan, calibrate, convert, frontier, verify, validate, compare):

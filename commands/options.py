@@ -19,6 +19,7 @@ from lfmq.converter.jobs.execution import (
 )
 from lfmq.converter.plan.builtin import DEFAULT_RECIPE, builtin_recipes
 from lfmq.formats.registry import FORMATS
+from lfmq.quant.kernels import on_first_compile
 from lfmq.validation.gate.thresholds import LIMITS, sense_of
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def common_options(command: Command) -> Command:
     @wraps(command)
     def unpack(**given: Any) -> Any:
         common = Common(**{f.name: given.pop(f.name) for f in fields(Common)})
+        on_first_compile(lambda: common.notice("compiling kernels, cached for next time"))
         return command(common=common, **given)
 
     decorated: Command = _common(unpack)

@@ -51,8 +51,10 @@ def validate(checkpoint: str, builds: tuple[Path, ...], common: Common, **option
     when a limit is missed. Without --text the sample's evaluation text is used.
     """
     from lfmq.commands.tables import report_table
+    from lfmq.validation.pages.files import check_writable
     from lfmq.validation.tasks.run import generation_lines
 
+    check_writable(options["html"], options["markdown"])  # before a checkpoint is downloaded
     source = common.open(checkpoint)
     with show_progress(quiet=common.quiet) as progress:
         report = lfmq.validate(source, builds, execution=common.execution(progress), **options)

@@ -78,7 +78,7 @@ def test_data_files_are_listed() -> None:
         p
         for top in ROOT.glob("*/__init__.py")
         for p in top.parent.rglob("*")
-        if p.is_file() and p.suffix not in {".py", ".pyc", ".nbi", ".nbc"}
+        if p.is_file() and p.suffix != ".py" and p.parent.name != "__pycache__"
     }
     assert shipped == found | {ROOT / "py.typed"}
 

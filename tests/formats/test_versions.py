@@ -58,7 +58,7 @@ def test_concerns_of_a_checkpoint(tiny_assets):
     assert checkpoint_concerns(tiny_assets) == frozenset()
     for change in (
         {"name": "LFM2.5-8B-A1B"},
-        {"config": {"_name_or_path": "LiquidAI/LFM2.5-8B-A1B"}},
+        {"config_json": {"_name_or_path": "LiquidAI/LFM2.5-8B-A1B"}},
         {"files": {"README.md": b"\xff# LFM2.5-8B-A1B"}},
     ):
         assert checkpoint_concerns(replace(tiny_assets, **change)) == {"LFM2.5-8B-A1B"}

@@ -122,7 +122,7 @@ def test_a_dense_model(sample_dense_folder):
     dense = open_checkpoint(sample_dense_folder)
     ours, calibration = run(dense, "int4", windows_of(dense, "calibration.jsonl", 8192))
     assert calibration is not None
-    assert calibration.to_json() == {"text_sha256": calibration.windows.text_sha256}
+    assert calibration.to_json() == {}
     windows = windows_of(dense, "evaluation.jsonl", 11 * SEQUENCE)
     reference = run_reference(Model(dense.config, dense.read), windows)
     kld = [

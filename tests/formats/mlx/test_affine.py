@@ -159,8 +159,18 @@ def test_mlx_dequantizes_any_finite_grid_exactly(bits: int, group: int, seed: in
 @pytest.mark.parametrize(
     ("container", "bits", "grid", "message"),
     [
-        (gguf, 4, "affine_bias", r"symmetric and kquant, .*'affine_bias'; mlx can hold it$"),
-        (gguf, 5, "affine_bias", r"symmetric and kquant, .*'affine_bias'; mlx can hold it$"),
+        (
+            gguf,
+            4,
+            "affine_bias",
+            r"symmetric, kquant and codebook, .*'affine_bias'; mlx can hold it$",
+        ),
+        (
+            gguf,
+            5,
+            "affine_bias",
+            r"symmetric, kquant and codebook, .*'affine_bias'; mlx can hold it$",
+        ),
         (gguf, 4, "affine_zero_point", r"'affine_zero_point'; onnx can hold it$"),
         (
             gguf,

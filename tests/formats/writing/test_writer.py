@@ -102,13 +102,13 @@ def test_an_exception_before_anything_is_written_leaves_nothing(tmp_path, layout
 
 
 def test_a_missing_piece_is_found_out(tmp_path):
-    with pytest.raises(PlanError, match="63 pieces were never written"):
+    with pytest.raises(PlanError, match="63 segments were never written"):
         write(tmp_path / "a", folder(), weights={"w0": VALUES["w0"]})
     assert names(tmp_path) == KEPT
 
 
 def test_a_packer_that_returns_the_wrong_length_is_a_bug(tmp_path):
-    with pytest.raises(ValueError, match="20 bytes for a piece of 16"):
+    with pytest.raises(ValueError, match="20 bytes for a segment of 16"):
         write(tmp_path / "a", folder(), weights={"w0": np.zeros(5, np.float32)})
     assert names(tmp_path) == []
 
@@ -257,7 +257,7 @@ def test_finished_units_are_neither_packed_nor_written(tmp_path):
     half(tmp_path / "a", folder())
     with BuildWriter(tmp_path / "a", folder()) as writer:
         writer.write({"w3": np.zeros(99, np.float32)})  # packing it would be an error
-        with pytest.raises(ValueError, match="bytes for a piece"):
+        with pytest.raises(ValueError, match="bytes for a segment"):
             writer.write({"w40": np.zeros(99, np.float32)})
 
 
