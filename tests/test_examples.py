@@ -64,7 +64,7 @@ def test_convert_and_validate_prints_the_figures_of_its_builds(tmp_path: Path) -
     found = run(
         sys.executable,
         EXAMPLES / "convert_and_validate.py",
-        "sample",
+        "sample-dense",
         tmp_path,
         "--uncalibrated",
         *("--tokens", FEW["TOKENS"], "--sequence", FEW["SEQUENCE"]),

@@ -51,7 +51,15 @@ class Case:
     logits: NDArray[np.float32]
 
 
-@pytest.fixture(scope="module", params=["int4", "int8", "int4-all", "dense int4"])
+MODELS = (
+    "int4",
+    pytest.param("int8", marks=pytest.mark.slow),
+    pytest.param("int4-all", marks=pytest.mark.slow),
+    "dense int4",
+)
+
+
+@pytest.fixture(scope="module", params=MODELS)
 def model(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
