@@ -191,13 +191,9 @@ def open_choices(
     if everything:
         units = expert_groups(plan, formats) + shared_groups(plan, formats)
     named = {e.name for unit in units for e in unit.entries}
-    bytes_at: dict[str, dict[Scheme, FormatBytes]] = {}
-    for name, module in formats.items():
-        found = {s: format_costs(plan, assets, module, s) for s in _candidates(everything)}
-        bytes_at[name] = {s: c for s, c in found.items() if c is not None}
-    schemes = [
-        s for s in _candidates(everything) if all(s in found for found in bytes_at.values())
-    ]
+    candidates = _candidates(everything)
+    bytes_at = {name: _bytes_at(plan, assets, f, candidates) for name, f in formats.items()}
+    schemes = [s for s in candidates if all(s in found for found in bytes_at.values())]
     prediction = Prediction(statistics, config)
     priced = []
     for unit in units:
@@ -222,6 +218,14 @@ def open_choices(
         for name, module in formats.items()
     }
     return Choices(base, plan, tuple(priced), fixed, takes, rest)  # type: ignore[arg-type]
+
+
+def _bytes_at(
+    plan: Plan, assets: Assets, module: Format, candidates: Iterable[Scheme]
+) -> dict[Scheme, FormatBytes]:
+    """What every weight takes on each grid that the format holds."""
+    found = {s: format_costs(plan, assets, module, s) for s in candidates}
+    return {scheme: costs for scheme, costs in found.items() if costs is not None}
 
 
 def _candidates(everything: bool) -> tuple[Scheme, ...]:
