@@ -8,8 +8,9 @@ from typing import Any, Literal
 from lfmq.converter.checkpoint.checkpoint import Checkpoint
 from lfmq.converter.model.forward import Model
 from lfmq.converter.model.tensors import expected_tensors
+from lfmq.converter.run.open_build import open_build
 from lfmq.formats.build import Reader
-from lfmq.formats.registry import FORMATS, build_nbytes, detect_format
+from lfmq.formats.registry import build_nbytes
 from lfmq.quant.errors import ValidationError
 from lfmq.validation.engines.child_process import NATIVE, load_engine, native_version
 from lfmq.validation.engines.installed import build_warnings
@@ -113,8 +114,7 @@ def open_builds(
 
 
 def _read(path: Path, checkpoint: Checkpoint) -> tuple[str, Reader]:
-    format = detect_format(path)
-    reader = FORMATS[format].open_reader(path)
+    format, reader = open_build(path)
     for key in _COMPARABLE:
         found, wanted = getattr(reader.config, key), getattr(checkpoint.config, key)
         if found != wanted:
