@@ -4,7 +4,6 @@ A build of several files (``NAME-00001-of-00003.gguf``, llama.cpp's ``gguf-split
 from its first one, as llama.cpp does.
 """
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,12 +15,11 @@ from numpy.typing import NDArray
 from lfmq.formats.gguf.keys import read_keys
 from lfmq.formats.gguf.names import name_map, split_expert, tensor_name
 from lfmq.formats.gguf.scan import Header, TensorInfo, read_run, scan_gguf
+from lfmq.formats.gguf.splits import split_files
 from lfmq.formats.plan import Plan, Role
 from lfmq.quant.errors import ValidationError
 
 EMBEDDING = "token_embd.weight"
-_SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.S)
-_MOST_SPLITS = 1000
 # Types whose bytes mean a weight each; all others are blocks of integers with scales.
 _FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
 # What gguf-py has but llama.cpp does not load a weight of.
@@ -126,17 +124,6 @@ def _floats(data: NDArray[np.uint8], tensor: TensorInfo, name: str) -> NDArray[n
 
 
 # ---- several files
-
-
-def split_files(path: Path) -> tuple[Path, ...]:
-    """The files of a build by the name of its first one; the path alone when it is whole."""
-    found = _SPLIT.fullmatch(path.name)
-    if found is None or not 1 < int(found[3]) <= _MOST_SPLITS:
-        return (path,)
-    count = int(found[3])
-    return tuple(
-        path.with_name(f"{found[1]}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)
-    )
 
 
 def _all_tensors(first: Header) -> dict[str, TensorInfo]:

@@ -67,11 +67,15 @@ def _check_index(index: Path, found: Mapping[str, StoredTensor]) -> None:
                 f"{index}: {_short(name)} is in {_short(file)}, expected the name of a file in "
                 "the build's folder"
             )
-        if name not in found or found[name].path.name != file:
-            where = "in no file" if name not in found else f"in {found[name].path.name}"
+        if name not in found:
             raise ValidationError(
-                f"{index}: says that {_short(name)} is in {_short(file)}, it is {where}; write "
-                "the build again"
+                f"{index.parent}: tensor {name[:80]} is missing, {INDEX_FILE} has it in {file[:80]}; "
+                "write the build again"
+            )
+        if found[name].path.name != file:
+            raise ValidationError(
+                f"{index}: says that {_short(name)} is in {_short(file)}, it is in "
+                f"{found[name].path.name}; write the build again"
             )
     for name, tensor in found.items():
         if name not in weight_map:
