@@ -1,4 +1,4 @@
-"""What is fuzzed: every kind of file that lfmq opens, what opens it, and what is right of the result.
+"""What is fuzzed: each kind of file that lfmq opens, what opens it, and what is right then.
 
 A kind's ``run`` opens the damaged file as a command does and returns what was accepted; ``judge``
 says what is wrong with that, by an oracle that is not lfmq's own reader where there is one.
@@ -68,7 +68,7 @@ class Kind:
 
 
 def make_subjects(root: Path) -> None:
-    """A small checkpoint, its builds with and without a manifest, and files of every other kind."""
+    """A small checkpoint, its builds with and without a manifest, and files of other kinds."""
     checkpoint = root / "tiny"
     _make_checkpoint(checkpoint)
     lfmq.convert(str(checkpoint), root / "made", uncalibrated=True, recipe="int4")
@@ -299,7 +299,7 @@ def _judge_build(root: Path, sound: Result, found: Result) -> str:
 
 
 _WORDS = (
-    "-1", "0", "1", "2", "1e9", "9" * 30, "9" * 5000, "nan", "inf", "0.5", "", "x", "\udcff", "a\nb",
+    "-1", "0", "1", "1e9", "9" * 30, "9" * 5000, "nan", "inf", "0.5", "", "x", "a\nb", "\udcff",
     "../x", "/proc/self/mem", "/dev/null", "\u202ex", "int4", "3.5bpw", "1GB", "9" * 40 + "GB",
 )  # fmt: skip
 _OPTIONS = {
@@ -328,7 +328,7 @@ def _damage_options(rng: random.Random, _: bytes) -> bytes:
         words += ["--output", "OUTPUT", "--uncalibrated"]
     if command == "calibrate":
         words += ["--output", "OUTPUT", "--text", "TEXT", "--tokens", "64", "--sequence", "32"]
-    for _ in range(rng.choice((1, 1, 2))):
+    for _count in range(rng.choice((1, 1, 2))):
         words += [rng.choice(_OPTIONS[command]), rng.choice(_WORDS)]
     return json.dumps(words).encode()
 
@@ -400,7 +400,7 @@ KINDS: dict[str, Kind] = {
     "manifest": Kind("made/tiny-int4.manifest.json", damage.damage_json, _verify, _judge_manifest),
     "options": Kind("options", _damage_options, _run_options),
     "gguf": _of_build("gguf", "", damage.damage_gguf),
-    "mlx-config": _of_build("mlx", "config.json", damage.damage_json),
+    "mlx-config": _of_build("mlx", "config.json", damage.damage_mlx_config),
     "mlx-index": _of_build("mlx", "model.safetensors.index.json", damage.damage_json),
     "mlx-safetensors": _of_build("mlx", "model.safetensors", damage.damage_safetensors),
     "onnx-graph": _of_build("onnx", "model.onnx", damage.damage_graph),

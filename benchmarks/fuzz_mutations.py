@@ -4,7 +4,7 @@ import json
 import random
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import onnx
@@ -13,7 +13,7 @@ Mutation = Callable[[random.Random, bytes], bytes]
 
 _INTEGERS = (0, 1, 2, 255, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**63, 2**64 - 1)
 _VALUES: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 2, 3, 7, 2**31, 2**32, 2**63, -(2**63), 10**30, 10**400, 0.0, -0.5,
+    None, True, False, 0, 1, -1, 2, 7, 2**31, 2**32, 2**63, -(2**63), 10**30, 10**400, 0.0, -0.5,
     1e-30, 1e308, float("nan"), float("inf"), "", "x", "-1", "\ud800", "a\nb\x1b[31m", "../x",
     "/etc/passwd", "x" * 5000, [], {}, [[]], [None], [0] * 5000, {"": 1}, {"type": "yarn"},
 )  # fmt: skip
@@ -69,17 +69,21 @@ def damage_json(rng: random.Random, content: bytes) -> bytes:
 
 def _change(rng: random.Random, document: Any) -> Any:
     """The document with one value or key changed somewhere."""
-    places = [p for p in _containers(document) if len(p)]
-    if not places or rng.random() < 0.02:
+    if not isinstance(document, dict | list) or not document or rng.random() < 0.02:
         return rng.choice(_VALUES)
-    # small containers come first: a vocabulary has more places than all else
-    place = min(rng.sample(places, min(3, len(places))), key=len)
+    place: Any = document
+    while True:  # from the root: a vocabulary has more places than all else
+        inner = list(place.values()) if isinstance(place, dict) else place
+        deeper = [v for v in rng.sample(inner, min(8, len(inner))) if v and _is_container(v)]
+        if not deeper or rng.random() < 0.3:
+            break
+        place = rng.choice(deeper)
     key = rng.choice(list(place)) if isinstance(place, dict) else rng.randrange(len(place))
     kind = rng.randrange(6)
     if kind == 0:
         del place[key]
     elif kind == 1 and isinstance(place, dict):
-        place[rng.choice((f"{key}x", "", "\ud800", key.upper()))] = place[key]
+        place[rng.choice((f"{key}x", "", "\ud800", str(key).upper()))] = place[key]
     elif kind == 2 and isinstance(place[key], int | float):
         place[key] = place[key] * rng.choice((-1, 2, 1000, 10**9)) + rng.choice((0, 1, -1))
     else:
@@ -87,16 +91,20 @@ def _change(rng: random.Random, document: Any) -> Any:
     return document
 
 
-def _containers(document: Any) -> Iterator[Any]:
-    stack = [document]
-    while stack:
-        found = stack.pop()
-        if isinstance(found, dict):
-            yield found
-            stack += found.values()
-        elif isinstance(found, list):
-            yield found
-            stack += found
+def _is_container(value: Any) -> bool:
+    return isinstance(value, dict | list)
+
+
+def damage_mlx_config(rng: random.Random, content: bytes) -> bytes:
+    """A config whose two blocks of quantization mostly stay equal."""
+    damaged = damage_json(rng, content)
+    try:
+        document = json.loads(damaged)
+        if rng.random() < 0.7:
+            document["quantization_config"] = document["quantization"]
+        return json.dumps(document).encode()
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return damaged
 
 
 def damage_lines(rng: random.Random, content: bytes) -> bytes:
@@ -152,12 +160,41 @@ def damage_safetensors(rng: random.Random, content: bytes) -> bytes:
     """The header as a document or as bytes; the data stays."""
     (length,) = struct.unpack_from("<Q", content)
     header, data = content[8 : 8 + length], content[8 + length :]
-    if rng.random() < 0.2:
+    kind = rng.random()
+    if kind < 0.15:
         return damage_bytes(rng, content[: 8 + length]) + data
-    header = damage_json(rng, header)
-    if rng.random() < 0.7:
+    if kind < 0.5:
+        header = json.dumps(_damage_tensors(rng, json.loads(header))).encode()
+    else:
+        header = damage_json(rng, header)
+    if rng.random() < 0.8:
         return struct.pack("<Q", len(header)) + header + data
     return struct.pack("<Q", rng.choice(_INTEGERS)) + header + data
+
+
+def _damage_tensors(rng: random.Random, header: dict[str, Any]) -> dict[str, Any]:
+    """A header that is a sound one, of other tensors: exchanged, renamed, retyped, turned."""
+    facts = header.get("__metadata__", {})
+    names = [name for name in header if name != "__metadata__"]
+    one = header[a := rng.choice(names)]
+    alike = [n for n in names if header[n]["shape"] == one["shape"] and n != a]
+    kind = rng.randrange(6)
+    if kind <= 1 and alike:
+        other = header[rng.choice(alike)]
+        one["data_offsets"], other["data_offsets"] = other["data_offsets"], one["data_offsets"]
+    elif kind == 2:
+        header[f"{a}{rng.choice(('x', '.weight', '_shape'))}"] = header.pop(a)
+    elif kind == 3:
+        start = one["data_offsets"][1]
+        header["lm_head.weight"] = {**one, "shape": [0], "data_offsets": [start, start]}
+    elif kind == 4:
+        same = {"F16": "BF16", "F32": "U32", "U32": "I32", "I32": "F32", "BF16": "F16"}
+        one["dtype"] = same.get(one["dtype"], "U8")
+    elif "lfmq" in facts:  # of statistics: a document in the document
+        facts["lfmq"] = json.dumps(_change(rng, json.loads(facts["lfmq"])))
+    else:
+        one["shape"] = one["shape"][::-1]
+    return header
 
 
 # ---- GGUF
@@ -170,6 +207,8 @@ def damage_gguf(rng: random.Random, content: bytes) -> bytes:
     places, end = _gguf_places(content)
     if rng.random() < 0.2:
         return damage_bytes(rng, content[:end]) + content[end:]
+    if rng.random() < 0.1:
+        return _exchange(rng, content)
     data = bytearray(content)
     for _ in range(rng.choice((1, 1, 2))):
         at, width = rng.choice(places)
@@ -184,6 +223,16 @@ def damage_gguf(rng: random.Random, content: bytes) -> bytes:
     return bytes(data)
 
 
+def _exchange(rng: random.Random, content: bytes) -> bytes:
+    """Two tensors by their names, which are of one length."""
+    a, b = rng.choice(
+        ((b"ffn_gate", b"attn_nor"), (b"ffn_up_e", b"ffn_gat_"), (b"blk.2.ffn", b"blk.3.ffn"),
+         (b"blk.0.ffn_norm", b"blk.1.ffn_norm"), (b"attn_q.w", b"attn_k.w"),
+         (b"attn_q_n", b"attn_k_n"), (b"output.w", b"outpux.w"), (b"exp_probs", b"exp_prob_"))
+    )  # fmt: skip
+    return content.replace(a, b"\0" * len(a)).replace(b, a).replace(b"\0" * len(a), b)
+
+
 def _gguf_places(content: bytes) -> tuple[list[tuple[int, int]], int]:
     """Offsets and widths of the numbers of a sound header, and its end."""
     places = [(4, 4), (8, 8), (16, 8)]
@@ -192,7 +241,7 @@ def _gguf_places(content: bytes) -> tuple[list[tuple[int, int]], int]:
 
     def text(at: int) -> int:
         (length,) = struct.unpack_from("<Q", content, at)
-        if len(places) < 2000 or at % 50 == 0:
+        if len(places) < 500 or at % 200 == 0:
             places.append((at, 8))
             places.append((at + 8, 1))
         return int(at + 8 + length)

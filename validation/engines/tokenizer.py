@@ -6,10 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gguf import GGUFReader
-
 from lfmq.formats.build import Assets
 from lfmq.formats.gguf.metadata import tokenizer_vocabulary
+from lfmq.formats.gguf.scan import scan_gguf
 from lfmq.formats.versions import KNOWN_BAD
 from lfmq.quant.errors import LfmqError
 
@@ -90,10 +89,9 @@ def _from_folder(path: Path, assets: Assets) -> _Facts:
 
 
 def _from_gguf(path: Path) -> _Facts:
-    reader = GGUFReader(path)
-
-    def value(key: str) -> Any:
-        field = reader.get_field(f"tokenizer.{key}")
-        return None if field is None else field.contents()
-
-    return value("ggml.tokens"), value("ggml.token_type"), value("chat_template")
+    value = scan_gguf(path).value
+    return (
+        value("tokenizer.ggml.tokens"),
+        value("tokenizer.ggml.token_type"),
+        value("tokenizer.chat_template"),
+    )

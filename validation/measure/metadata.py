@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gguf import GGUFReader, SpecialVocab
+from gguf import SpecialVocab
 
 from lfmq.converter.checkpoint.checkpoint import Checkpoint
 from lfmq.formats.gguf.metadata import tokenizer_vocabulary
+from lfmq.formats.gguf.scan import scan_gguf
 from lfmq.formats.plan import ModelConfig
 
 # Facts that formats state and runtimes compute with; a build without padding may say none.
@@ -106,11 +107,11 @@ def _gguf_tokenizer(path: Path, checkpoint: Checkpoint) -> list[Fact]:
     g, assets = checkpoint.config, checkpoint.assets
     tokens, _ = tokenizer_vocabulary(assets, g.vocab_size)
     merges = SpecialVocab(assets.folder, load_merges=True, n_vocab=g.vocab_size).merges
-    reader = GGUFReader(path)
+    header = scan_gguf(path)
     facts = []
     for name, wanted in (("tokens", tokens), ("merges", merges)):
-        field = reader.get_field(f"tokenizer.ggml.{name}")
-        found = [] if field is None else field.contents()
+        found = header.value(f"tokenizer.ggml.{name}")
+        found = found if isinstance(found, list) else []
         if found != wanted:
             same = sum(a == b for a, b in zip(found, wanted, strict=False))
             what = f"{len(found)}, {same} of them in the checkpoint's place"

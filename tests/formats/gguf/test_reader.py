@@ -180,7 +180,7 @@ def test_parts_run_in_llama_cpp(build: Path, parts: list[Path]) -> None:
 
 
 def test_parts_that_are_not_all_there(parts: list[Path], tmp_path: Path) -> None:
-    with pytest.raises(ValidationError, match="part 2 of .*give the first one"):
+    with pytest.raises(ValidationError, match=r"part 2 of .*give the first one"):
         open_build(parts[1])
     parts[0].rename(renamed := tmp_path / "renamed.gguf")
     with pytest.raises(ValidationError, match="keep their names"):
