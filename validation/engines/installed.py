@@ -14,6 +14,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion
 
 from lfmq.formats.build import Assets
+from lfmq.formats.compressed_tensors.config import METHOD, engine_warnings
 from lfmq.formats.huggingface.safetensors_file import read_header
 from lfmq.formats.onnx.reader import MODEL_FILE
 from lfmq.formats.plan import Plan
@@ -82,9 +83,12 @@ def plan_warnings(
     """Lines for a conversion: installed runtimes that would run its builds wrongly."""
     installed = installed_versions() if installed is None else installed
     concerns = plan_concerns(plan)
+    chosen = tuple(formats)
     lines = [
-        f"{name}: {line}" for name in formats for line in warnings_for(name, concerns, installed)
+        f"{name}: {line}" for name in chosen for line in warnings_for(name, concerns, installed)
     ]
+    if METHOD in chosen:
+        lines += [f"{METHOD}: {line}" for line in engine_warnings(plan)]
     stale = from_before_the_update(assets)
     return tuple([*lines, stale] if stale else lines)
 

@@ -20,7 +20,6 @@ from lfmq.formats.writing.writer import BuildWriter
 from lfmq.quant.errors import ValidationError
 from lfmq.quant.types import Weight
 
-
 EMBEDDING = "model.embed_tokens"
 GATE = "model.layers.2.feed_forward.gate"
 Tensors = dict[str, Any]

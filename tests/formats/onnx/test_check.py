@@ -34,7 +34,7 @@ def build(
 ) -> Path:
     experts: dict[str, Scheme | str] = {
         f"model.layers.2.feed_forward.experts.{e}.{w}.weight": storage
-        for e, storage in {1: Scheme(8), 4: "float32"}.items()
+        for e, storage in ((1, Scheme(8)), (4, "float32"))
         for w in ("w1", "w2", "w3")
     }
     plan = make_plan(tiny_config, overrides=experts)
