@@ -52,7 +52,7 @@ def refuse_quantized(
             raise CheckpointError(
                 f"{tensor.path}: {name} is laid out for MLX, perhaps quantized; {_REMEDY}"
             )
-        if tensor.dtype.startswith(("F8", "F4", "F6")):
+        if tensor.dtype.startswith(("F8_", "F6_", "F4")):
             raise CheckpointError(
                 f"{tensor.path}: {name} has dtype {tensor.dtype}, it is quantized; {_REMEDY}"
             )

@@ -24,6 +24,7 @@ _BUFFERS = re.compile(
 )
 _ADAPTER = re.compile(r"\.(?:lora_\w+|base_layer|modules_to_save|original_module)\.")
 _STACKED = re.compile(r"(model\.layers\.\d+\.feed_forward\.experts)\.(gate_up_proj|down_proj)")
+_EXPERT = re.compile(r"(model\.layers\.\d+\.feed_forward\.experts)\.\d+\.(w[123])\.weight")
 _ROOTS = ("layers.", "embed_tokens.", "embedding_norm.")
 _BASE = "model."
 _ANCHOR = FINAL_NORM.removeprefix(_BASE)
@@ -58,24 +59,19 @@ def model_names(tensors: Mapping[str, StoredTensor], config: ModelConfig) -> Nam
     ignored = [name for name in tensors if name not in kept]
     prefix = _prefix(kept)
     named: dict[str, str] = {}
-    stacks = 0
+    spellings: dict[tuple[str, ...], str] = {}
     stored: dict[str, StoredTensor] = {}
     for name, tensor in kept.items():
         _refuse_adapter(name, tensor)
-        new = _renamed(name, prefix)
-        if new in named:
-            raise CheckpointError(
-                f"{tensor.path}: {name} and {named[new]} are both {new}; remove one of them"
-            )
-        named[new] = name
-        stack = _STACKED.fullmatch(new)
-        if stack is None:
-            stored[new] = tensor
-            continue
-        stacks += 1
-        for part, piece in _experts(stack[2], name, tensor, config):
-            stored[f"{stack[1]}.{part}.weight"] = piece
-    return NamedTensors(stored, tuple(_notes(kept, ignored, prefix, stacks)))
+        for new, part in _parts(_renamed(name, prefix), name, tensor, config):
+            if new in named:
+                raise CheckpointError(
+                    f"{tensor.path}: {name} and {named[new]} are both {new}; remove one of them"
+                )
+            named[new], stored[new] = name, part
+            if expert := _EXPERT.fullmatch(new):
+                _refuse_two_spellings(spellings.setdefault(expert.groups(), name), name, tensor)
+    return NamedTensors(stored, tuple(_notes(kept, ignored, prefix)))
 
 
 def _is_buffer(name: str, config: ModelConfig) -> bool:
@@ -118,14 +114,28 @@ def _refuse_adapter(name: str, tensor: StoredTensor) -> None:
         )
 
 
-def _experts(
-    kind: str, name: str, tensor: StoredTensor, g: ModelConfig
+def _refuse_two_spellings(first: str, name: str, tensor: StoredTensor) -> None:
+    """In transformers a layer's experts are in the order of their names, prefix and all."""
+    if first.startswith(_ROOTS) != name.startswith(_ROOTS):
+        raise CheckpointError(
+            f"{tensor.path}: {name} beside {first}: transformers would mix up the "
+            f"experts; name all with {_BASE} or none"
+        )
+
+
+def _parts(
+    new: str, name: str, tensor: StoredTensor, g: ModelConfig
 ) -> Iterator[tuple[str, StoredTensor]]:
-    """The matrices in a stack [E, 2 I, H] of gate and up, or [E, H, I] of down projections."""
-    wide = g.moe_intermediate_size
-    shape = (g.num_experts, 2 * wide, g.hidden_size)
-    if kind == "down_proj":
-        shape = (g.num_experts, g.hidden_size, wide)
+    """The tensor itself, or the matrices of a stack.
+
+    A stack is [E, 2 I, H], of gate and up projections, or [E, H, I], of down projections.
+    """
+    stack = _STACKED.fullmatch(new)
+    if stack is None:
+        yield new, tensor
+        return
+    wide, down = g.moe_intermediate_size, stack[2] == "down_proj"
+    shape = (g.num_experts, *((g.hidden_size, wide) if down else (2 * wide, g.hidden_size)))
     if tensor.shape != shape:
         raise CheckpointError(
             f"{tensor.path}: {name} has shape {list(tensor.shape)}, the config expects "
@@ -133,23 +143,21 @@ def _experts(
         )
     for expert in range(g.num_experts):
         both = part_of(tensor, expert)
-        if kind == "down_proj":
-            yield f"{expert}.w2", both
+        if down:
+            yield f"{stack[1]}.{expert}.w2.weight", both
         else:
-            yield f"{expert}.w1", rows_of(both, 0, wide)
-            yield f"{expert}.w3", rows_of(both, wide, 2 * wide)
+            yield f"{stack[1]}.{expert}.w1.weight", rows_of(both, 0, wide)
+            yield f"{stack[1]}.{expert}.w3.weight", rows_of(both, wide, 2 * wide)
 
 
-def _notes(
-    kept: Mapping[str, StoredTensor], ignored: list[str], prefix: str, stacks: int
-) -> Iterator[str]:
+def _notes(kept: Mapping[str, StoredTensor], ignored: list[str], prefix: str) -> Iterator[str]:
     if prefix != _BASE:
         yield f"the tensors' names begin with {prefix}, read as {_BASE}"
     elif any(name.startswith(_ROOTS) for name in map(_unwrapped, kept)):
         yield f"the tensors' names lack {_BASE}, read as with it"
     if wrappers := sorted({w for name in kept for w in _WRAPPERS.findall(name)}):
         yield f"{', '.join(wrappers)} in the tensors' names is read over"
-    if stacks:
+    if stacks := sum(_STACKED.fullmatch(_renamed(name, prefix)) is not None for name in kept):
         yield f"experts are stored as {stacks} stacks (gate_up_proj, down_proj), read one by one"
     if ignored:
         more = f" and {len(ignored) - 1} more" if len(ignored) > 1 else ""
