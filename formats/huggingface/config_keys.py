@@ -63,7 +63,7 @@ _WITHOUT_EFFECT = {
 }
 IGNORED = frozenset(key for keys in _WITHOUT_EFFECT.values() for key in keys.split())
 
-# Of keys that may only say what LFM2 does anyway: these values.
+# Of keys that may only say what LFM2 does anyway these values; the mask follows is_causal.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "hidden_activation": ("silu", "swish"),
@@ -103,7 +103,7 @@ def _check_only(key: str, value: Any, source: Path) -> None:
     if value is not None and not (isinstance(value, str | bool) and value in expected):
         known = " or ".join(map(repr, expected)) or "null"
         raise CheckpointError(
-            f"{source}: {key} is {_short(value)}, transformers computes LFM2 as with {known}"
+            f"{source}: {key} is {_short(value)}, expected {known}: no more is supported for LFM2"
         )
 
 
