@@ -4,8 +4,8 @@ The sample's head is here its embedding with the rows of two tokens exchanged at
 that took the embedding in its place would predict other tokens everywhere.
 """
 
+import dataclasses
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,20 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-import lfmq
 from lfmq.converter.checkpoint.checkpoint import open_checkpoint
 from lfmq.converter.checkpoint.inspect import inspect_checkpoint
+from lfmq.converter.mixed_precision.predicted_kld import Prediction
 from lfmq.converter.model.decode import Decoder, KeptModel
 from lfmq.converter.model.forward import Model, run_model
 from lfmq.converter.model.tensors import HEAD, head_of
+from lfmq.converter.model.text import load_windows
 from lfmq.converter.plan.plan import resolve_plan, token_bytes
 from lfmq.converter.plan.recipe import load_recipe, parse_recipe
+from lfmq.converter.quantize.layerwise import calibrated_groups
+from lfmq.converter.quantize.settings import Calibration
 from lfmq.converter.run.convert import convert
+from lfmq.converter.statistics.collect import collect
+from lfmq.converter.statistics.statistics import has_losses, identity_of
 from lfmq.formats.registry import FORMATS, check_plan
 from lfmq.quant.errors import UnsupportedError
 from lfmq.quant.types import Scheme
@@ -140,17 +145,24 @@ def test_recipes_give_it_what_the_embedding_gets(folder: Path) -> None:
         assert token_bytes(plan, layout) <= sum(sizes.values()) - sizes[kinds.EMBEDDING]
 
 
-@pytest.mark.parametrize("folder", ["sample_dense_folder"], indirect=True)
-def test_calibration_and_statistics_know_it(folder: Path, tmp_path: Path) -> None:
+def test_calibration_and_statistics_know_it(make_checkpoint: Any, tmp_path: Path) -> None:
+    folder = make_checkpoint(change=lambda t: t.update({HEAD: t[kinds.EMBEDDING][::-1].copy()}))
+    checkpoint = open_checkpoint(folder)
     text = tmp_path / "text.txt"
-    text.write_text("The quick brown fox jumps over the lazy dog. " * 60)
-    statistics = lfmq.calibrate(
-        folder, output=tmp_path / "statistics", text=text, tokens=512, sequence=128
-    )
-    assert statistics
-    convert_: Callable[..., Any] = lfmq.convert
-    report = convert_(
-        folder, tmp_path / "out", recipe="int4-all", to="gguf", text=text, tokens=512,
-        sequence=128, budget_bytes="5.6bpw", statistics=tmp_path / "statistics",
-    )  # fmt: skip
-    assert FORMATS["gguf"].open_reader(report.builds[0].path).read(HEAD).shape == (8192, 256)
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    windows = load_windows([text], checkpoint.assets, checkpoint.config, tokens=128, sequence=64)
+    statistics, _ = collect(checkpoint, windows)
+    assert has_losses(statistics, checkpoint.config)
+    prediction = Prediction(statistics, checkpoint.config)
+    plan = resolve_plan(checkpoint.config, load_recipe("int4-all"))
+    outside = [e for e in plan.entries if e.layer is None and e.scheme is not None]
+    costs = {e.role.value: prediction.cost(e, Scheme(4)) for e in outside}
+    parts = statistics.parts
+    for role in ("embedding", "head"):
+        cost = costs[role]
+        assert cost is not None
+        assert 0 < cost.direct <= 1.01 * parts[role].kld
+    units = calibrated_groups(checkpoint, plan, Calibration(windows), lambda weights: None)
+    assert {entry.name for unit in units for entry in unit} == set(checkpoint.stored)
+    tied = dataclasses.replace(checkpoint.config, tie_word_embeddings=True)
+    assert identity_of(tied) != identity_of(checkpoint.config)
