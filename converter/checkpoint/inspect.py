@@ -104,7 +104,9 @@ def _warnings(checkpoint: Checkpoint) -> list[str]:
             f"is {g.vocab_size:,}"
         )
     if not g.tie_word_embeddings:
-        found.append("the model has a head of its own: mlx cannot hold it, and vLLM ignores it")
+        found.append(
+            "the model has a head of its own: mlx cannot hold it, vLLM ties it to the embedding"
+        )
     template = json.loads(files.get("tokenizer_config.json", b"{}")).get("chat_template")
     if "chat_template.jinja" not in files and not template:
         found.append("no chat template: chats cannot be rendered")
