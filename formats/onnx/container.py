@@ -21,6 +21,7 @@ from lfmq.formats.build import (
     text_file,
 )
 from lfmq.formats.huggingface.card import Runtime, model_card
+from lfmq.formats.huggingface.chat_template import build_files
 from lfmq.formats.onnx.graph import GraphBuilder
 from lfmq.formats.onnx.reader import DATA_FILE, MODEL_FILE
 from lfmq.formats.onnx.reader import open_reader as open_reader
@@ -117,7 +118,7 @@ def layout(plan: Plan, assets: Assets) -> BuildLayout:
         text_file("README.md", model_card(plan, assets, files, NAME, _RUNTIME, _stored_as))
     )
     taken = {file.path for file in files}
-    files += [text_file(n, c) for n, c in sorted(assets.files.items()) if n not in taken]
+    files += [text_file(n, c) for n, c in sorted(build_files(assets).items()) if n not in taken]
     return BuildLayout(NAME, tuple(files))
 
 

@@ -18,7 +18,7 @@ from lfmq.converter.checkpoint.checkpoint import Checkpoint
 from lfmq.converter.jobs.execution import Execution
 from lfmq.converter.model.decode import Decoder, KeptModel, sequence_nbytes
 from lfmq.converter.model.forward import Model
-from lfmq.converter.model.text import load_tokenizer
+from lfmq.converter.model.tokenizer import load_tokenizer
 from lfmq.quant.errors import ValidationError
 from lfmq.validation.measure.builds import open_builds
 from lfmq.validation.measure.generation import GenerationFigures

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lfmq.converter.model.text import ChatTemplate
+from lfmq.converter.model.chat import ChatTemplate
 from lfmq.formats.build import Assets
 from lfmq.quant.errors import ValidationError
 
