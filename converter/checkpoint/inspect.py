@@ -7,6 +7,7 @@ from lfmq.converter.checkpoint.checkpoint import Checkpoint
 from lfmq.converter.model.tensors import expected_tensors
 from lfmq.formats.build import Assets
 from lfmq.formats.huggingface.chat_template import DEFAULT, chat_templates, other_templates
+from lfmq.formats.huggingface.end_tokens import end_token_conflicts
 from lfmq.formats.plan import Role
 
 
@@ -102,6 +103,7 @@ def _warnings(checkpoint: Checkpoint) -> list[str]:
             f"is {g.vocab_size:,}"
         )
     found += _template_warnings(checkpoint.assets)
+    found += end_token_conflicts(checkpoint.assets, g)
     if "generation_config.json" not in files:
         found.append("no generation_config.json: runtimes use their own sampling defaults")
     return found

@@ -15,7 +15,7 @@ from lfmq.quant.errors import ValidationError
 
 TOKENIZER = "tokenizer.json"
 _CHILD = "lfmq.converter.model.tokenizer_child"
-_LIMITS = Limits(seconds=8, memory=3 * 2**29)
+_LIMITS = Limits(seconds=5, memory=3 * 2**29)
 _LARGEST = 2**28  # bytes of a file; tokenizers of 256,000 tokens have 33 MB
 
 

@@ -48,6 +48,21 @@ def end_tokens(assets: Assets, config: ModelConfig) -> EndTokens:
     return EndTokens((), _CONFIG)
 
 
+def stating_end_tokens(
+    document: dict[str, Any], assets: Assets, config: ModelConfig
+) -> dict[str, Any]:
+    """A ``config.json`` with the end tokens of :func:`end_tokens`, unchanged where it has them."""
+    ids = end_tokens(assets, config).ids
+    if not ids or set(_ids(document.get(_KEY), config.vocab_size)) == set(ids):
+        return document
+    return document | {_KEY: as_value(ids)}
+
+
+def as_value(ids: tuple[int, ...]) -> int | list[int]:
+    """As JSON files have it: one id, or a list."""
+    return ids[0] if len(ids) == 1 else list(ids)
+
+
 def end_token_conflicts(assets: Assets, config: ModelConfig) -> tuple[str, ...]:
     """Lines on files that name other end tokens than the one that is followed, or none.
 
@@ -106,4 +121,4 @@ def _ids(value: Any, size: int) -> tuple[int, ...]:
 
 
 def _words(ids: tuple[int, ...]) -> str:
-    return str(ids[0]) if len(ids) == 1 else str(list(ids))
+    return str(as_value(ids))

@@ -27,6 +27,7 @@ from lfmq.formats.build import (
 )
 from lfmq.formats.huggingface.card import Runtime, model_card
 from lfmq.formats.huggingface.chat_template import build_files
+from lfmq.formats.huggingface.end_tokens import stating_end_tokens
 from lfmq.formats.huggingface.safetensors_layout import (
     FLOAT16_MAX,
     TensorLayout,
@@ -202,6 +203,7 @@ def _config(plan: Plan, assets: Assets) -> dict[str, Any]:
         }
     g = plan.config
     config = {k: v for k, v in assets.config_json.items() if k not in _DROPPED}
+    config = stating_end_tokens(config, assets, g)
     config |= {"layer_types": list(g.layer_types)}
     if "full_attn_idxs" in config:  # read in place of layer_types
         config["full_attn_idxs"] = list(g.attention_layers)

@@ -76,7 +76,7 @@ def prepare_checks(
             f"{path}: the longest prompt of {longest} tokens and --new-tokens {new_tokens} exceed "
             f"the model's context of {context} tokens; use fewer"
         )
-    stop = stop_tokens(assets, config.eos_token_id)
+    stop = stop_tokens(assets, config)
     return Checks(tasks, load_tokenizer(assets), card_sampling(assets), stop, new_tokens, runs)
 
 
