@@ -53,7 +53,7 @@ def front_matter(assets: Assets) -> FrontMatter:
     card = content.decode("utf-8", "replace").replace("\r\n", "\n")
     if not card.startswith("---\n"):
         return FrontMatter()
-    front, end, _ = card[4:].partition("\n---")
+    front, end, _ = card[3:].partition("\n---")
     if not end or len(front) > _LONGEST:
         return FrontMatter(problem="its front matter has no end, or is too long")
     try:
@@ -61,6 +61,8 @@ def front_matter(assets: Assets) -> FrontMatter:
     except Exception as error:  # of a parser that is given anything
         return FrontMatter(problem=f"its front matter is not YAML ({_reason(error)})")
     if not isinstance(document, dict):
+        if not front.strip():
+            return FrontMatter()
         return FrontMatter(problem="its front matter is no list of keys and values")
     return FrontMatter(
         license=_one(document, "license"),
