@@ -74,7 +74,7 @@ def main() -> None:
     statistics, _ = collect(sample, windows)
     squares = {n: np.sqrt(m.mean).astype(np.float32) for n, m in statistics.inputs.items()}
     table = Table(title=f"{everything.tokens:,} tokens of evaluation")
-    for column in ("recipe", "fold", "nearest", "calibrated", "same experts, calibrated"):
+    for column in ("recipe", "fold", "nearest", "calibrated", "routing agreement, calibrated"):
         table.add_column(column, justify="left" if column in ("recipe", "fold") else "right")
     for recipe in ("int4", "int4-all"):
         for name, fold in FOLDS.items():
