@@ -29,6 +29,7 @@ class Inspection:
     config: dict[str, Any]
     roles: tuple[RoleCount, ...]
     warnings: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def tensors(self) -> int:
@@ -55,6 +56,7 @@ class Inspection:
             "roles": [asdict(r) for r in self.roles],
             "warnings": list(self.warnings),
             "odd": list(self.warnings),  # the key's earlier name
+            "notes": list(self.notes),
         }
 
 
@@ -77,8 +79,9 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     title += (
         f"{g.num_experts} experts, {g.num_experts_per_tok} active" if g.moe_layers else "dense"
     )
+    warnings = tuple(_warnings(checkpoint))
     return Inspection(
-        checkpoint.assets.name, title, asdict(g), tuple(roles), tuple(_warnings(checkpoint))
+        checkpoint.assets.name, title, asdict(g), tuple(roles), warnings, checkpoint.notes
     )
 
 
@@ -100,6 +103,8 @@ def _warnings(checkpoint: Checkpoint) -> list[str]:
             f"the tokenizer has {checkpoint.vocabulary.size:,} tokens, the config's vocab_size "
             f"is {g.vocab_size:,}"
         )
+    if not g.tie_word_embeddings:
+        found.append("the model has a head of its own: mlx cannot hold it, and vLLM ignores it")
     template = json.loads(files.get("tokenizer_config.json", b"{}")).get("chat_template")
     if "chat_template.jinja" not in files and not template:
         found.append("no chat template: chats cannot be rendered")

@@ -9,7 +9,7 @@ from gguf import GGUFReader
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
-from lfmq.formats.gguf.names import ARCHITECTURES, name_map, split_expert, tensor_name
+from lfmq.formats.gguf.names import ARCHITECTURES, HEAD, name_map, split_expert, tensor_name
 from lfmq.formats.plan import ModelConfig, ModelType, without_experts
 from lfmq.quant.errors import ValidationError
 
@@ -64,6 +64,7 @@ class GgufReader:
             layer_types=tuple("full_attention" if n else "conv" for n in kv_heads),
             bos_token_id=self._value("tokenizer.ggml.bos_token_id", 11),
             eos_token_id=self._value("tokenizer.ggml.eos_token_id", 11),
+            tie_word_embeddings=HEAD not in self._tensors,
         )
 
     def _model_type(self) -> ModelType:
