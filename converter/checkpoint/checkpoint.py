@@ -17,6 +17,7 @@ from lfmq.converter.checkpoint.vocabulary import Vocabulary, parse_vocabulary
 from lfmq.converter.checkpoint.weight_files import find_weight_files
 from lfmq.converter.model.tensors import Tensor, expected_tensors
 from lfmq.formats.build import Assets
+from lfmq.formats.huggingface.chat_template import ADDITIONAL, build_files
 from lfmq.formats.huggingface.config import parse_config, read_config
 from lfmq.formats.huggingface.json_file import as_utf8, parse_object, refuse_pointer
 from lfmq.formats.huggingface.safetensors_file import (
@@ -36,9 +37,19 @@ _SIDE_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
     "generation_config.json",
     "README.md",
     "LICENSE",
+    "LICENSE.md",
+    "LICENSE.txt",
+    "NOTICE",
+)
+_OBJECTS = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.json",
 )
 
 
@@ -189,7 +200,8 @@ def _check_tensor(name: str, found: StoredTensor, shape: tuple[int, ...]) -> Non
 
 def _read_assets(folder: Path, config: dict[str, Any], name: str) -> Assets:
     files = {}
-    for file in _SIDE_FILES:
+    additional = sorted(path.name for path in folder.glob(f"{ADDITIONAL}*.jinja"))
+    for file in (*_SIDE_FILES, *(f"{ADDITIONAL}{name}" for name in additional)):
         path = folder / file
         if path.is_file():
             try:
@@ -199,9 +211,11 @@ def _read_assets(folder: Path, config: dict[str, Any], name: str) -> Assets:
             refuse_pointer(path, files[file])
             if path.suffix == ".json":
                 files[file] = _in_utf8(path, files[file])
-    for file in ("tokenizer_config.json", "generation_config.json"):
+    for file in _OBJECTS:
         parse_object(files.get(file, b"{}"), folder / file)
-    return Assets(name, config, files, folder)
+    assets = Assets(name, config, files, folder)
+    build_files(assets)  # refuses templates that are none
+    return assets
 
 
 def _in_utf8(path: Path, content: bytes) -> bytes:
