@@ -18,6 +18,7 @@ from gguf import (
 
 from lfmq.formats.build import Assets
 from lfmq.formats.gguf.names import ARCHITECTURES
+from lfmq.formats.gguf.pretokenizer import text_rules
 from lfmq.formats.plan import ModelConfig, Plan
 from lfmq.formats.versions import PROVEN
 from lfmq.quant.errors import UnsupportedError
@@ -120,7 +121,8 @@ def _add_experts(writer: GGUFWriter, g: ModelConfig) -> None:
 def _add_tokenizer(writer: GGUFWriter, g: ModelConfig, assets: Assets) -> None:
     tokens, types = tokenizer_vocabulary(assets, g.vocab_size)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("lfm2")
+    rules = text_rules(assets, g.bos_token_id)
+    writer.add_tokenizer_pre(rules.pre.name)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     special = SpecialVocab(assets.folder, load_merges=True, n_vocab=g.vocab_size)
@@ -128,8 +130,8 @@ def _add_tokenizer(writer: GGUFWriter, g: ModelConfig, assets: Assets) -> None:
         token = getattr(g, f"{kind}_token_id")
         if token is not None:  # the config decides: it is what the reference runs with
             special.special_token_ids[kind] = token
-    if g.bos_token_id is not None:  # llama.cpp's lfm2 pre-tokenizer starts every text with bos
-        special.add_special_token["bos"] = True
+    # said in any case: with its lfm2 pre-tokenizer llama.cpp begins a text with bos by default
+    special.add_special_token = {"bos": rules.add_bos, "eos": rules.add_eos}
     special.add_to_gguf(writer, quiet=True)
 
 
@@ -155,9 +157,9 @@ def tokenizer_vocabulary(assets: Assets, size: int) -> tuple[list[str], list[Tok
     types = [TokenType.UNUSED] * size
     found = [(token, i, TokenType.NORMAL) for token, i in tokenizer["model"]["vocab"].items()]
     for added in tokenizer.get("added_tokens", ()):
-        text = added["content"]
-        control = added["special"] or (text.startswith("<|") and text.endswith("|>"))
-        found.append((text, added["id"], TokenType.CONTROL if control else TokenType.USER_DEFINED))
+        # as the checkpoint says: text without special tokens has the others in it
+        kind = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+        found.append((added["content"], added["id"], kind))
     for token, i, kind in found:
         if not 0 <= i < size:
             raise UnsupportedError(
