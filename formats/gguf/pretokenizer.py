@@ -12,6 +12,7 @@ Source: llama.cpp, ``src/llama-vocab.cpp``: patterns (``llm_tokenizer_bpe``), wh
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -93,7 +94,8 @@ def text_rules(assets: Assets, bos: int | None) -> TextRules:
     Raises:
         UnsupportedError: what llama.cpp would do otherwise, and what to do.
     """
-    tokenizer: dict[str, Any] = json.loads(assets.files["tokenizer.json"])
+    content = assets.files["tokenizer.json"]
+    tokenizer: dict[str, Any] = json.loads(content)
     reason = (
         _of_name(assets.name)
         or _of_normalizer(tokenizer.get("normalizer"))
@@ -104,7 +106,7 @@ def text_rules(assets: Assets, bos: int | None) -> TextRules:
         raise _refused(assets, reason)
     try:
         patterns = tuple(_patterns(tokenizer.get("pre_tokenizer")))
-        pre = _choose(patterns, tokenizer)
+        pre = _choose(patterns, bool(tokenizer["model"].get("ignore_merges")), content)
         first, last = _tokens_around(tokenizer, assets, bos)
     except _NotInLlamaCpp as found:
         raise _refused(assets, str(found)) from None
@@ -192,9 +194,9 @@ def _pattern(step: dict[str, Any]) -> str:
         ("Removed", True),
     )
     if kind != "Split" or not isinstance(regex, str) or not matches:
-        raise _NotInLlamaCpp(
-            f"has the pre-tokenizer {_short(json.dumps(step))}, llama.cpp has not"
-        )
+        settings = [f"{k} {v}" for k, v in step.items() if k not in ("type", "pattern")]
+        named = ", ".join([str(kind), *settings])
+        raise _NotInLlamaCpp(f"has the pre-tokenizer {named[:80]}, which llama.cpp has not")
     for other, usual in _SPELLINGS:
         regex = regex.replace(other, usual)
     if step["behavior"] == "Removed" and regex == _DIGIT:
@@ -202,7 +204,8 @@ def _pattern(step: dict[str, Any]) -> str:
     return regex
 
 
-def _choose(patterns: tuple[str, ...], tokenizer: dict[str, Any]) -> PreTokenizer:
+def _choose(patterns: tuple[str, ...], ignore_merges: bool, content: bytes) -> PreTokenizer:
+    """The first that splits so; which words are taken whole matters only where merges fail."""
     same = [pre for pre in PRE_TOKENIZERS if pre.patterns == patterns]
     if not same:
         names = ", ".join(pre.name for pre in PRE_TOKENIZERS)
@@ -211,12 +214,11 @@ def _choose(patterns: tuple[str, ...], tokenizer: dict[str, Any]) -> PreTokenize
             f"splits text by {_short(unknown)}, which equals no pre-tokenizer of llama.cpp "
             f"that lfmq knows ({names})"
         )
-    wanted = bool(tokenizer["model"].get("ignore_merges"))
-    odd = _unmerged(tokenizer)
+    odd = None if same[0].ignore_merges == ignore_merges else _unmerged(content)
     for pre in same:
-        if pre.ignore_merges == wanted or odd is None:
+        if pre.ignore_merges == ignore_merges or odd is None:
             return pre
-    verb = "ignores" if wanted else "follows"
+    verb = "ignores" if ignore_merges else "follows"
     raise _NotInLlamaCpp(
         f"{verb} the merges of words that are tokens ({_short(odd or '')} is one that its merges "
         f"do not give), llama.cpp's {same[0].name} does not"
@@ -227,11 +229,15 @@ _KNOWN = {pattern for pre in PRE_TOKENIZERS for pattern in pre.patterns}
 
 
 def _short(text: str) -> str:
-    return repr(text if len(text) <= 60 else text[:57] + "...")
+    """Quoted, in one line, no longer than a message has room for."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return f"'{line if len(line) <= 60 else line[:57] + '...'}'"
 
 
-def _unmerged(tokenizer: dict[str, Any]) -> str | None:
+@lru_cache(maxsize=4)  # a plan is checked, then laid out
+def _unmerged(content: bytes) -> str | None:
     """A token that the merges do not make of its letters; None where all are made."""
+    tokenizer = json.loads(content)
     added = {token["content"] for token in tokenizer.get("added_tokens") or ()}
     letters = set(byte_letters())
     ranks: dict[tuple[str, str], int] = {}
@@ -265,24 +271,17 @@ def _tokens_around(
 ) -> tuple[bool, bool]:
     """Whether a text gets the bos token before it and the eos token after it.
 
-    As transformers does: ``add_bos_token`` and ``add_eos_token`` of ``tokenizer_config.json``,
-    when one is there, else the template of ``tokenizer.json``
-    (``TokenizersBackend.__init__``).
+    The template of ``tokenizer.json`` alone says so: transformers reads no ``add_bos_token`` beside
+    it (``tokenization_utils_base.py``).
     """
-    config = json.loads(assets.files.get("tokenizer_config.json", b"{}"))
-    names = [_content(config.get(f"{kind}_token")) for kind in ("bos", "eos")]
     before, after = _template(tokenizer.get("post_processor"))
-    if "add_bos_token" in config or "add_eos_token" in config:
-        before, after = (
-            [name] if config.get(f"add_{kind}_token") and name else []
-            for kind, name in zip(("bos", "eos"), names, strict=True)
-        )
+    config = json.loads(assets.files.get("tokenizer_config.json", b"{}"))
+    eos = _content(config.get("eos_token"))
     ids = {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or ()}
-    first = [ids.get(name) for name in before]
-    if first not in ([], [bos]) or after not in ([], [names[1]]):
+    if [ids.get(name) for name in before] not in ([], [bos]) or after not in ([], [eos]):
         raise _NotInLlamaCpp(
             f"puts {_listed(before)} before and {_listed(after)} after a text, llama.cpp only "
-            f"the bos token (id {bos}) and the eos token ({names[1]})"
+            f"the bos token (id {bos}) and the eos token ({eos})"
         )
     return bool(before), bool(after)
 

@@ -1,7 +1,7 @@
 """The tokenizer and template of an ONNX build in onnxruntime-genai, loaded without the model.
 
-Ids become text token by token (``create_stream``), as genai's programs write it. Its interface
-has no way to leave out what the tokenizer puts around a text.
+Ids become text token by token (``create_stream``), as genai's programs write it. ``encode`` puts
+nothing around a text, unless the option ``add_special_tokens`` is set, which its programs do not.
 """
 
 import json
@@ -38,8 +38,8 @@ def tokenize(request: TokenizerRequest) -> TokenizerRun:
             f"{request.path}: onnxruntime-genai does not load its tokenizer ({error})"
         ) from error
     return TokenizerRun(
-        ids=None,
-        framed=[tokenizer.encode(text).tolist() for text in request.texts],
+        ids=[tokenizer.encode(text).tolist() for text in request.texts],
+        framed=None,
         kept=_decoded(tokenizer, request, skip=False),
         skipped=_decoded(tokenizer, request, skip=True),
         rendered=[_rendered(tokenizer, chat) for chat in request.chats],

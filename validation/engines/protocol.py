@@ -70,7 +70,7 @@ class TokenizerRequest:
 
 @dataclass(frozen=True, slots=True)
 class TokenizerRun:
-    """What a runtime's tokenizer answered; None for what its interface does not offer.
+    """What a runtime's tokenizer answered; None for what the runtime does not do.
 
     Attributes:
         ids: of each text alone; tokens that are written out in it are read as such.
@@ -80,10 +80,10 @@ class TokenizerRun:
         rendered: each chat.
     """
 
-    ids: list[list[int]] | None
+    ids: list[list[int]]
     framed: list[list[int]] | None
-    kept: list[str] | None
-    skipped: list[str] | None
+    kept: list[str]
+    skipped: list[str]
     rendered: list[str] | None = None
 
 

@@ -37,7 +37,7 @@ def tokenize(request: TokenizerRequest) -> TokenizerRun:
     texts = list(request.texts)
     return TokenizerRun(
         ids=[e.ids for e in tokenizer.encode_batch(texts, add_special_tokens=False)],
-        framed=None,
+        framed=[e.ids for e in tokenizer.encode_batch(texts, add_special_tokens=True)],
         kept=[tokenizer.decode(s, skip_special_tokens=False) for s in request.sequences],
         skipped=[tokenizer.decode(s, skip_special_tokens=True) for s in request.sequences],
     )

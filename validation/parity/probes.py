@@ -5,7 +5,7 @@ of added tokens, chats and the vocabulary are made for each checkpoint.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -130,7 +130,7 @@ def make_probe(assets: Assets) -> Probe:
     sequences = [*ids, *parts]
     expected = TokenizerRun(
         ids=ids,
-        framed=_framed(texts, tokenizer, assets),
+        framed=[e.ids for e in tokenizer.encode_batch(texts, add_special_tokens=True)],
         kept=[tokenizer.decode(s, skip_special_tokens=False) for s in sequences],
         skipped=[tokenizer.decode(s, skip_special_tokens=True) for s in sequences],
         rendered=rendered,
@@ -172,29 +172,6 @@ def _whole_tokens(tokenizer: Tokenizer) -> list[list[int]]:
     texts = tokenizer.decode_batch([[i] for i in ids], skip_special_tokens=False)
     whole = [i for i, text in zip(ids, texts, strict=True) if not _ODD.intersection(text)]
     return [whole[i : i + _IDS_AT_ONCE] for i in range(0, len(whole), _IDS_AT_ONCE)]
-
-
-def _framed(texts: Sequence[str], tokenizer: Tokenizer, assets: Assets) -> list[list[int]]:
-    """Ids with what the tokenizer puts around a text, as transformers has it.
-
-    ``add_bos_token`` and ``add_eos_token`` of ``tokenizer_config.json`` count before the template
-    of ``tokenizer.json`` (``TokenizersBackend.__init__``).
-    """
-    config = json.loads(assets.files.get("tokenizer_config.json", b"{}"))
-    if "add_bos_token" not in config and "add_eos_token" not in config:
-        return [e.ids for e in tokenizer.encode_batch(list(texts), add_special_tokens=True)]
-    before, after = (_written(tokenizer, config, kind) for kind in ("bos", "eos"))
-    encoded = tokenizer.encode_batch(list(texts), add_special_tokens=False)
-    return [[*before, *e.ids, *after] for e in encoded]
-
-
-def _written(tokenizer: Tokenizer, config: dict[str, Any], kind: str) -> list[int]:
-    """The id of a token that is put around texts; empty where it is not."""
-    token = config.get(f"{kind}_token")
-    if not token or not config.get(f"add_{kind}_token"):
-        return []
-    found = tokenizer.token_to_id(str(token["content"] if isinstance(token, dict) else token))
-    return [] if found is None else [found]
 
 
 def _rendered(assets: Assets) -> tuple[list[dict[str, Any]], list[str]]:

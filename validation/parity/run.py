@@ -29,7 +29,6 @@ SLOW = {
     "compressed-tensors": ("transformers_tokenizer",),
 }
 _LOADS = "loads"
-_LONGEST = 160
 
 
 def measure_parity(
@@ -81,61 +80,48 @@ def _ask(probe: Probe, path: Path, module: str) -> Parity:
 def _template(probe: Probe, run: TokenizerRun, path: Path, name: str) -> Iterator[TemplateParity]:
     if run.rendered is None or not probe.chats:
         return
-    found = next(
-        (
-            _unlike_text("a chat", text, wanted)
-            for text, wanted in zip(run.rendered, probe.expected.rendered or (), strict=True)
-            if text != wanted
-        ),
-        None,
-    )
+    pairs = zip(run.rendered, probe.expected.rendered or (), strict=True)
+    differences = (d for pair in pairs for d in _unlike_text("a chat", *pair))
+    found = next(differences, None)
     yield TemplateParity(str(path), name, found is None, found)
 
 
 def _differences(probe: Probe, run: TokenizerRun) -> Iterator[tuple[str, str | None]]:
     """Each group and the first difference in it."""
     for group, indices in probe.groups.items():
-        yield group, next(_in_group(probe, run, group, indices), None)
+        if group == ENDS and run.framed is None:
+            continue
+        yield group, next(_in_group(probe, run, indices, framed=group == ENDS), None)
 
 
 def _in_group(
-    probe: Probe, run: TokenizerRun, group: str, indices: Iterable[int]
+    probe: Probe, run: TokenizerRun, indices: Iterable[int], *, framed: bool
 ) -> Iterator[str]:
     wanted = probe.expected
     for index in indices:
-        alone = run.ids is not None and index < len(probe.texts)
-        if group == ENDS or not alone:
-            yield from _unlike_ids(probe, index, run.framed, wanted.framed)
-        if alone:
-            yield from _unlike_ids(probe, index, run.ids, wanted.ids)
-        for texts, expected, how in (
-            (run.kept, wanted.kept, "as text"),
-            (run.skipped, wanted.skipped, "as text without special tokens"),
-        ):
-            if texts is None or expected is None or texts[index] == expected[index]:
-                continue
-            ids = _some(probe.sequences[index])
-            yield _unlike_text(f"ids {ids} {how}", texts[index], expected[index])
+        if index < len(probe.texts):
+            yield from _unlike_ids(probe, run.ids[index], wanted.ids[index])
+            if framed:
+                yield from _unlike_ids(probe, _at(run.framed, index), _at(wanted.framed, index))
+        ids = _some(probe.sequences[index])
+        yield from _unlike_text(f"ids {ids} as text", run.kept[index], wanted.kept[index])
+        what = f"ids {ids} as text without special tokens"
+        yield from _unlike_text(what, run.skipped[index], wanted.skipped[index])
 
 
-def _unlike_ids(
-    probe: Probe,
-    index: int,
-    found: Sequence[Sequence[int]] | None,
-    wanted: Sequence[Sequence[int]] | None,
-) -> Iterator[str]:
+def _at(rows: list[list[int]] | None, index: int) -> list[int]:
+    return [] if rows is None else rows[index]
+
+
+def _unlike_ids(probe: Probe, found: list[int], wanted: list[int]) -> Iterator[str]:
     """Where the ids of a text first differ, with the tokens from there on."""
-    if found is None or wanted is None or index >= len(probe.texts):
+    if found == wanted:
         return
-    ours, theirs = list(wanted[index]), list(found[index])
-    if ours == theirs:
-        return
-    at = _first(ours, theirs)
-    decode = probe.tokenizer.decode
-    near = decode(ours[max(0, at - 3) : at + 4], skip_special_tokens=False)
+    at = _first(wanted, found)
+    near = probe.tokenizer.decode(wanted[max(0, at - 3) : at + 4], skip_special_tokens=False)
     yield (
-        f"{_cut(near)} has {_pieces(probe, theirs[at:])} where the checkpoint has "
-        f"{_pieces(probe, ours[at:])}"
+        f"{_cut(near)} has {_pieces(probe, found[at:])} where the checkpoint has "
+        f"{_pieces(probe, wanted[at:])}"
     )
 
 
@@ -147,12 +133,12 @@ def _pieces(probe: Probe, ids: Sequence[int]) -> str:
     return ", ".join(shown)
 
 
-def _unlike_text(what: str, found: str, wanted: str) -> str:
+def _unlike_text(what: str, found: str, wanted: str) -> Iterator[str]:
+    if found == wanted:
+        return
     at = _first(wanted, found)
-    start = max(0, at - 10)
-    return f"{what}: {_cut(found[start : at + 20])} where the checkpoint has " + _cut(
-        wanted[start : at + 20]
-    )
+    near = slice(max(0, at - 10), at + 20)
+    yield f"{what}: {_cut(found[near])} where the checkpoint has {_cut(wanted[near])}"
 
 
 def _first(one: Sequence[object], other: Sequence[object]) -> int:
