@@ -108,7 +108,7 @@ def folded(sample: Checkpoint, squares: dict[str, Floats], fold: Fold) -> Folded
                 order = np.argsort(-seen * np.linalg.norm(weights[down], axis=0), kind="stable")
                 weights[gate], weights[up] = weights[gate][order], weights[up][order]
                 weights[down] = weights[down][:, order]
-    return Folded(sample.folder, sample.config, sample.assets, sample.stored, None, weights)
+    return Folded(sample.folder, sample.config, sample.assets, sample.stored, weights=weights)
 
 
 def power(seen: Floats, exponent: float) -> Floats:

@@ -8,6 +8,8 @@ from typing import Any
 import click
 
 Row = tuple[str, ...]
+# Columns of words; others hold numbers.
+_TEXT = ("path", "engine", "runtime", "verdict", "tokens", "chats", "first difference")
 
 # Columns of a terminal that is none.
 _UNBOUNDED = 1000
@@ -66,14 +68,15 @@ def print_tables(*tables: Table, width: int | None = None) -> None:
 
 
 def _drawn(table: Table) -> Any:
+    from rich.markup import escape
     from rich.table import Table as Drawn
 
     drawn = Drawn(title=table.title, title_justify="left")
     for i, column in enumerate(table.columns):
-        text = i == 0 or column in ("path", "engine", "verdict")
+        text = i == 0 or column in _TEXT
         drawn.add_column(column, justify="left" if text else "right", overflow="fold")
     for row in table.rows:
-        drawn.add_row(*row)
+        drawn.add_row(*map(escape, row))
     return drawn
 
 
