@@ -10,6 +10,7 @@ from typing import Any
 from gguf import GGUFWriter
 
 from lfmq.formats.build import Assets
+from lfmq.formats.gguf.pretokenizer import TextRules
 from lfmq.formats.huggingface.end_tokens import end_tokens, token_ids
 from lfmq.formats.huggingface.side_files import without_mark
 from lfmq.formats.huggingface.special_tokens import special_tokens
@@ -74,17 +75,16 @@ def end_keys(assets: Assets, config: ModelConfig) -> dict[str, int]:
     return dict(zip(_ENDS, ids, strict=False))
 
 
-def add_special_vocabulary(writer: GGUFWriter, config: ModelConfig, assets: Assets) -> None:
+def add_special_vocabulary(
+    writer: GGUFWriter, config: ModelConfig, assets: Assets, rules: TextRules
+) -> None:
     """Merges, the ids of special tokens, and whether a text starts and ends with one."""
     writer.add_token_merges(merges(assets))
     for kind, token in _special_ids(assets, config).items():
         getattr(writer, f"add_{kind}_token_id")(token)
-    if (
-        config.bos_token_id is not None
-    ):  # llama.cpp's lfm2 pre-tokenizer starts every text with bos
-        writer.add_add_bos_token(True)
-    if _appends_end(assets):
-        writer.add_add_eos_token(True)
+    # said in any case: with its lfm2 pre-tokenizer llama.cpp begins a text with bos by default
+    writer.add_add_bos_token(rules.add_bos)
+    writer.add_add_eos_token(rules.add_eos)
 
 
 def _special_ids(assets: Assets, config: ModelConfig) -> dict[str, int]:
@@ -105,17 +105,3 @@ def _special_ids(assets: Assets, config: ModelConfig) -> dict[str, int]:
         and not isinstance(token, bool)
         and 0 <= token < config.vocab_size
     }
-
-
-def _appends_end(assets: Assets) -> bool:
-    """Whether the tokenizer ends every text with its end token (a ``TemplateProcessing``)."""
-    processor = json.loads(without_mark(assets.files["tokenizer.json"])).get("post_processor")
-    listed = processor.get("processors", [processor]) if isinstance(processor, dict) else []
-    end = special_tokens(assets).get("eos_token")
-    for each in listed if isinstance(listed, list) else []:
-        single = each.get("single") if isinstance(each, dict) else None
-        last = single[-1] if isinstance(single, list) and len(single) > 1 else None
-        token = last.get("SpecialToken") if isinstance(last, dict) else None
-        if isinstance(token, dict) and end is not None and token.get("id") == end:
-            return True
-    return False
