@@ -1,5 +1,6 @@
 """Two builds against each other."""
 
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from lfmq.converter.jobs.execution import Execution
 from lfmq.validation.measure.builds import Engine
 from lfmq.validation.measure.compare import PairedReport
 from lfmq.validation.measure.compare import compare as compare_builds
+from lfmq.validation.parity.run import measure_parity
 
 
 def compare(
@@ -48,8 +50,8 @@ def compare(
     """
     source, chosen = opened(checkpoint), Text(paths_of(text), tokens, sequence)
     with torch_threads(execution.threads):
-        windows = chosen.evaluation_windows(source)
-        return compare_builds(
+        windows = chosen.evaluation_windows(source, execution)
+        found = compare_builds(
             source,
             Path(a),
             Path(b),
@@ -58,3 +60,10 @@ def compare(
             allow_other=allow_other,
             execution=execution,
         )
+    parity = measure_parity(
+        source.assets,
+        {build.path: build.format for build in (found.a, found.b)},
+        native=engine == "native",
+        threads=execution.threads,
+    )
+    return replace(found, parity=parity)

@@ -19,6 +19,7 @@ from lfmq.validation.measure.validate import validate as measure_builds
 from lfmq.validation.pages.files import check_writable, write_report
 from lfmq.validation.pages.markdown import render_markdown
 from lfmq.validation.pages.page import render_page
+from lfmq.validation.parity.run import measure_parity
 from lfmq.validation.tasks.run import Generation, check_builds, prepare_checks, with_generation
 
 
@@ -125,7 +126,7 @@ def _measure(
 ) -> Report:
     """The report, judged; each warning about a build is also told."""
     with torch_threads(job.execution.threads):
-        windows = job.text.evaluation_windows(job.source)
+        windows = job.text.evaluation_windows(job.source, job.execution)
         sequence = windows.ids.shape[1]
         job.thresholds.check_text(windows.text_sha256, windows.tokens, sequence)
         job.thresholds.check_experts(bool(job.source.config.moe_layers))
@@ -139,10 +140,19 @@ def _measure(
             allow_other=job.allow_other,
             execution=job.execution,
         )
+        parity = measure_parity(
+            job.source.assets,
+            {Path(build.path): build.format for build in report.builds},
+            native="native" in engines,
+            threads=job.execution.threads,
+        )
     report = _with_warnings(with_generation(report, written), job.source)
     for build in report.builds:
         for line in build.warnings:
             job.execution.tell(f"warning: {build.path}: {line}")
+    for missing in parity.not_measured:
+        job.execution.tell(f"tokenizer of {missing.path} not compared: {missing.why}")
+    report = replace(report, parity=parity)
     return replace(report, failures=judge(report, job.thresholds))
 
 

@@ -193,6 +193,8 @@ def _short(value: object) -> str:
 
 def _shape(name: str, g: ModelConfig) -> tuple[int, ...] | None:
     """The tensor's shape in the checkpoint; None for a name the model does not have."""
+    if name == "lm_head.weight" and not g.tie_word_embeddings:
+        return g.vocab_size, g.hidden_size
     found = _NAME.fullmatch(name)
     if found is None:
         return None

@@ -12,12 +12,18 @@ from gguf import (
     GGMLQuantizationType,
     GGUFWriter,
     LlamaFileType,
-    SpecialVocab,
     TokenType,
 )
 
 from lfmq.formats.build import Assets
+from lfmq.formats.gguf.chat_template import add_templates
+from lfmq.formats.gguf.general import add_authorship, add_sampling
 from lfmq.formats.gguf.names import ARCHITECTURES
+from lfmq.formats.gguf.pretokenizer import text_rules
+from lfmq.formats.gguf.special_vocabulary import add_special_vocabulary
+from lfmq.formats.gguf.user_metadata import add_metadata
+from lfmq.formats.huggingface.chat_template import chat_templates
+from lfmq.formats.huggingface.side_files import without_mark
 from lfmq.formats.plan import ModelConfig, Plan
 from lfmq.formats.versions import PROVEN
 from lfmq.quant.errors import UnsupportedError
@@ -62,6 +68,7 @@ def header_bytes(
         writer.add_shortconv_l_cache(plan.config.conv_L_cache)
         writer.add_vocab_size(plan.config.vocab_size)
         _add_tokenizer(writer, plan.config, assets)
+        add_metadata(writer, assets.metadata)
         for t in tensors:
             kind = GGMLQuantizationType.F32 if t.type is None else t.type
             writer.add_tensor_info(
@@ -79,7 +86,8 @@ def _add_general(
     writer: GGUFWriter, plan: Plan, assets: Assets, main_type: GGMLQuantizationType
 ) -> None:
     writer.add_type("model")
-    writer.add_name(assets.name)
+    add_authorship(writer, assets)
+    add_sampling(writer, assets)
     writer.add_size_label(_size_label(plan))
     writer.add_file_type(int(_file_type(main_type)))
     writer.add_quantization_version(2)
@@ -120,17 +128,12 @@ def _add_experts(writer: GGUFWriter, g: ModelConfig) -> None:
 def _add_tokenizer(writer: GGUFWriter, g: ModelConfig, assets: Assets) -> None:
     tokens, types = tokenizer_vocabulary(assets, g.vocab_size)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("lfm2")
+    rules = text_rules(assets, g.bos_token_id)
+    writer.add_tokenizer_pre(rules.pre.name)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    special = SpecialVocab(assets.folder, load_merges=True, n_vocab=g.vocab_size)
-    for kind in ("bos", "eos", "pad"):
-        token = getattr(g, f"{kind}_token_id")
-        if token is not None:  # the config decides: it is what the reference runs with
-            special.special_token_ids[kind] = token
-    if g.bos_token_id is not None:  # llama.cpp's lfm2 pre-tokenizer starts every text with bos
-        special.add_special_token["bos"] = True
-    special.add_to_gguf(writer, quiet=True)
+    add_special_vocabulary(writer, g, assets, rules)
+    add_templates(writer, chat_templates(assets))
 
 
 def tokenizer_vocabulary(assets: Assets, size: int) -> tuple[list[str], list[TokenType]]:
@@ -145,7 +148,7 @@ def tokenizer_vocabulary(assets: Assets, size: int) -> tuple[list[str], list[Tok
             f"{assets.folder / 'tokenizer.json'}: not found; GGUF holds the tokenizer, copy it "
             "into the checkpoint folder or leave gguf out of --to"
         )
-    tokenizer: dict[str, Any] = json.loads(content)
+    tokenizer: dict[str, Any] = json.loads(without_mark(content))
     if tokenizer.get("model", {}).get("type") != "BPE":
         raise UnsupportedError(
             f"{assets.folder / 'tokenizer.json'}: model type "
@@ -155,9 +158,9 @@ def tokenizer_vocabulary(assets: Assets, size: int) -> tuple[list[str], list[Tok
     types = [TokenType.UNUSED] * size
     found = [(token, i, TokenType.NORMAL) for token, i in tokenizer["model"]["vocab"].items()]
     for added in tokenizer.get("added_tokens", ()):
-        text = added["content"]
-        control = added["special"] or (text.startswith("<|") and text.endswith("|>"))
-        found.append((text, added["id"], TokenType.CONTROL if control else TokenType.USER_DEFINED))
+        # as the checkpoint says: text without special tokens has the others in it
+        kind = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+        found.append((added["content"], added["id"], kind))
     for token, i, kind in found:
         if not 0 <= i < size:
             raise UnsupportedError(

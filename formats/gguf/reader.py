@@ -5,6 +5,7 @@ from its first one, as llama.cpp does.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from gguf.quants import dequantize, quant_shape_to_byte_shape
 from numpy.typing import NDArray
 
 from lfmq.formats.gguf.keys import read_keys
-from lfmq.formats.gguf.names import name_map, split_expert, tensor_name
+from lfmq.formats.gguf.names import HEAD, name_map, split_expert, tensor_name
 from lfmq.formats.gguf.scan import Header, TensorInfo, read_run, scan_gguf
 from lfmq.formats.gguf.splits import split_files
 from lfmq.formats.plan import Plan, Role
@@ -36,7 +37,9 @@ class GgufReader:
         if EMBEDDING not in self._tensors:
             raise ValidationError(f"{path}: tensor {EMBEDDING!r} is missing")
         self.header = first
-        self.config = read_keys(first, self._tensors[EMBEDDING].shape[0])
+        tied = HEAD not in self._tensors  # llama.cpp's rule
+        config = read_keys(first, self._tensors[EMBEDDING].shape[0])
+        self.config = replace(config, tie_word_embeddings=tied)
         self._names = name_map(self.config)
 
     def check(self, model: Plan) -> None:

@@ -3,11 +3,10 @@
 docs/onnx.md lists files, tensors and layouts.
 """
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 from lfmq.formats.build import (
     Assets,
@@ -19,6 +18,15 @@ from lfmq.formats.build import (
     text_file,
 )
 from lfmq.formats.huggingface.card import Runtime, model_card
+from lfmq.formats.huggingface.chat_template import build_files
+from lfmq.formats.huggingface.end_tokens import as_value, end_tokens, stating_end_tokens
+from lfmq.formats.huggingface.front_matter import (
+    base_models,
+    front_matter,
+    hub_id,
+    sampling_settings,
+)
+from lfmq.formats.huggingface.side_files import GENERATION_CONFIG, json_object
 from lfmq.formats.onnx.genai import MODEL_FILE, genai_decoder
 from lfmq.formats.onnx.graph import GraphBuilder
 from lfmq.formats.onnx.placement import DATA_FILE, external, place_tensors
@@ -97,7 +105,9 @@ def layout(plan: Plan, assets: Assets) -> BuildLayout:
     def place(tensor: DataTensor) -> TensorProto:
         return external(tensor, offsets[tensor.alias or tensor.name])
 
-    model = builder.model(place).SerializeToString(deterministic=True)
+    proto = builder.model(place)
+    helper.set_model_props(proto, _properties(plan, assets))
+    model = proto.SerializeToString(deterministic=True)
     size = max(offsets[t.alias or t.name] + t.nbytes for t in builder.tensors)
     constants = tuple(
         (offsets[t.name], t.constant) for t in builder.tensors if t.constant is not None
@@ -113,7 +123,7 @@ def layout(plan: Plan, assets: Assets) -> BuildLayout:
         text_file("README.md", model_card(plan, assets, files, NAME, _RUNTIME, _stored_as))
     )
     taken = {file.path for file in files}
-    files += [text_file(n, c) for n, c in sorted(assets.files.items()) if n not in taken]
+    files += [text_file(n, c) for n, c in sorted(build_files(assets).items()) if n not in taken]
     return BuildLayout(NAME, tuple(files))
 
 
@@ -129,6 +139,27 @@ def _segments(tensor: DataTensor, offsets: dict[str, int]) -> Iterator[Segment]:
         yield Segment(offset, nbytes, part.sources, part.pack, part.by_rows)
 
 
+def _properties(plan: Plan, assets: Assets) -> dict[str, str]:
+    """What the graph says of its model, in ``metadata_props``; known keys have ONNX's own names.
+
+    https://github.com/onnx/onnx/blob/main/docs/MetadataProps.md
+    """
+    card = front_matter(assets)
+    known = {
+        "name": assets.name,
+        "recipe": plan.recipe,
+        "model_author": hub_id(assets).partition("/")[0],
+        "model_license": card.license_name or card.license,
+        "license_link": card.license_link,
+        "base_model": ", ".join(base_models(assets)),
+        "language": ", ".join(card.language),
+        "tags": ", ".join(card.tags),
+        "pipeline_tag": card.pipeline_tag,
+        "url": card.url,
+    }
+    return {key: value for key, value in known.items() if value}
+
+
 def _config(plan: Plan, assets: Assets) -> dict[str, Any]:
     """The checkpoint's config for transformers.js.
 
@@ -136,17 +167,20 @@ def _config(plan: Plan, assets: Assets) -> dict[str, Any]:
     """
     external = {"use_external_data_format": {MODEL_FILE: 1}}
     layers = {"layer_types": list(plan.config.layer_types)}
-    return assets.config_json | layers | {"transformers.js_config": external}
+    config = stating_end_tokens(assets.config_json, assets, plan.config)
+    return config | layers | {"transformers.js_config": external}
 
 
 def _genai_config(plan: Plan, assets: Assets) -> dict[str, Any]:
     """What onnxruntime-genai 0.18 needs to run the graph."""
     g = plan.config
-    generation = json.loads(assets.files.get("generation_config.json", b"{}"))
-    eos = generation.get("eos_token_id", g.eos_token_id)
-    tokens = {"bos_token_id": g.bos_token_id, "eos_token_id": eos, "pad_token_id": g.pad_token_id}
-    if g.pad_token_id is None:
-        tokens["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
+    generation = json_object(assets, GENERATION_CONFIG)
+    ends = end_tokens(assets, g).ids
+    tokens = {
+        "bos_token_id": g.bos_token_id,
+        "eos_token_id": as_value(ends) if ends else None,
+        "pad_token_id": next(iter(ends), None) if g.pad_token_id is None else g.pad_token_id,
+    }
     model = {
         "type": g.model_type,
         "vocab_size": g.vocab_size,
@@ -158,6 +192,6 @@ def _genai_config(plan: Plan, assets: Assets) -> dict[str, Any]:
         "max_length": g.max_position_embeddings,
         "past_present_share_buffer": False,
         "do_sample": bool(generation.get("do_sample", False)),
-        **{key: generation[key] for key in _SEARCH_KEYS if key in generation},
+        **{k: v for k, v in sampling_settings(assets).items() if k in _SEARCH_KEYS},
     }
     return {"model": model, "search": search}

@@ -5,7 +5,7 @@ known to be wrong fails in silence, which is why it has to be said.
 """
 
 import os
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from packaging.version import InvalidVersion
 
 from lfmq.formats.build import Assets
 from lfmq.formats.compressed_tensors.config import METHOD, engine_warnings
+from lfmq.formats.gguf.pretokenizer import USUAL, text_rules
 from lfmq.formats.huggingface.safetensors_file import read_header
 from lfmq.formats.onnx.reader import MODEL_FILE
 from lfmq.formats.plan import Plan
@@ -82,15 +83,26 @@ def plan_warnings(
 ) -> tuple[str, ...]:
     """Lines for a conversion: installed runtimes that would run its builds wrongly."""
     installed = installed_versions() if installed is None else installed
-    concerns = plan_concerns(plan)
-    chosen = tuple(formats)
+    concerns, chosen = plan_concerns(plan), tuple(formats)
     lines = [
         f"{name}: {line}" for name in chosen for line in warnings_for(name, concerns, installed)
     ]
     if METHOD in chosen:
         lines += [f"{METHOD}: {line}" for line in engine_warnings(plan)]
+    if "gguf" in chosen:
+        lines += _other_pre_tokenizer(plan, assets)
     stale = from_before_the_update(assets)
     return tuple([*lines, stale] if stale else lines)
+
+
+def _other_pre_tokenizer(plan: Plan, assets: Assets) -> Iterator[str]:
+    """A line where a GGUF does not split text as LFM2 does, because the checkpoint does not."""
+    pre = text_rules(assets, plan.config.bos_token_id).pre
+    if pre is not USUAL:
+        yield (
+            f"gguf: the checkpoint does not split text as LFM2 does; the GGUF says "
+            f"tokenizer.ggml.pre = {pre.name}, which splits it as the checkpoint does"
+        )
 
 
 def build_warnings(path: Path, format: str, assets: Assets) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from lfmq.validation.measure.report import Conditions, without_nan
 from lfmq.validation.measure.runs import Comparison, run_reference
 from lfmq.validation.measure.significance import Interval, bootstrap, mcnemar
 from lfmq.validation.measure.validate import conditions_of
+from lfmq.validation.parity.result import NOT_COMPARED, Parity
 
 Better = Literal["a", "b"]
 
@@ -91,6 +92,7 @@ class PairedReport:
     b: EngineBuild
     figures: tuple[Difference, ...]
     top1: TopTokens
+    parity: Parity = NOT_COMPARED
 
     def to_json(self) -> dict[str, Any]:
         """For ``lfmq compare --json``."""
@@ -102,6 +104,7 @@ class PairedReport:
             "b": self.b.to_json(),
             "figures": [figure.to_json() for figure in self.figures],
             "top1": asdict(self.top1),
+            "parity": self.parity.to_json(),
         }
         return {key: without_nan(value) for key, value in document.items()}
 

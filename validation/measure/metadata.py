@@ -9,17 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gguf import SpecialVocab
-
 from lfmq.converter.checkpoint.checkpoint import Checkpoint
 from lfmq.formats.gguf.metadata import tokenizer_vocabulary
 from lfmq.formats.gguf.scan import scan_gguf
+from lfmq.formats.gguf.special_vocabulary import merges
+from lfmq.formats.huggingface.end_tokens import end_tokens
 from lfmq.formats.plan import ModelConfig
+from lfmq.quant.errors import LfmqError
+from lfmq.validation.measure.stop_tokens import stop_tokens
 
 # Facts that formats state and runtimes compute with; a build without padding may say none.
 _GEOMETRY = (
     "bos_token_id",
-    "eos_token_id",
     "head_dim",
     "num_attention_heads",
     "num_key_value_heads",
@@ -30,6 +31,7 @@ _GEOMETRY = (
     "norm_topk_prob",
     "use_expert_bias",
     "routed_scaling_factor",
+    "tie_word_embeddings",
 )
 # A GGUF has no keys for these: llama.cpp's lfm2moe has them fixed.
 _NOT_IN_GGUF = ("norm_topk_prob", "use_expert_bias", "routed_scaling_factor")
@@ -75,6 +77,7 @@ def differing_facts(
     if _TOKENIZER in checkpoint.assets.files:
         compare = _gguf_tokenizer if format == "gguf" else _file_tokenizer
         facts += compare(path, checkpoint)
+    facts += _end_tokens(path, format, checkpoint)
     if (path / _GENAI).is_file():
         facts += _genai_tokens(path / _GENAI, expected)
     return tuple(facts)
@@ -106,10 +109,9 @@ def _file_tokenizer(path: Path, checkpoint: Checkpoint) -> list[Fact]:
 def _gguf_tokenizer(path: Path, checkpoint: Checkpoint) -> list[Fact]:
     g, assets = checkpoint.config, checkpoint.assets
     tokens, _ = tokenizer_vocabulary(assets, g.vocab_size)
-    merges = SpecialVocab(assets.folder, load_merges=True, n_vocab=g.vocab_size).merges
     header = scan_gguf(path)
     facts = []
-    for name, wanted in (("tokens", tokens), ("merges", merges)):
+    for name, wanted in (("tokens", tokens), ("merges", merges(assets))):
         found = header.value(f"tokenizer.ggml.{name}")
         found = found if isinstance(found, list) else []
         if found != wanted:
@@ -117,6 +119,18 @@ def _gguf_tokenizer(path: Path, checkpoint: Checkpoint) -> list[Fact]:
             what = f"{len(found)}, {same} of them in the checkpoint's place"
             facts.append(Fact(f"tokenizer.ggml.{name}", what, f"{len(wanted)} of its own"))
     return facts
+
+
+def _end_tokens(path: Path, format: str, checkpoint: Checkpoint) -> list[Fact]:
+    """What generation stops at in the build's own runtime."""
+    expected = set(end_tokens(checkpoint.assets, checkpoint.config).ids)
+    try:
+        found, besides = stop_tokens(path, format, checkpoint)
+    except (LfmqError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return [Fact("end tokens", f"unreadable ({error})", sorted(expected))]
+    if expected <= found | besides and found <= expected | besides:
+        return []
+    return [Fact("end tokens", sorted(found), sorted(expected))]
 
 
 def _genai_tokens(path: Path, expected: ModelConfig) -> list[Fact]:
