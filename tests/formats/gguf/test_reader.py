@@ -131,7 +131,7 @@ def test_what_llama_cpp_would_use_is_known_or_refused(
 
 
 def test_an_output_weight_is_the_head(build: Path, tmp_path: Path) -> None:
-    """llama.cpp uses it in place of the embedding, so the file is no build of a tied checkpoint."""
+    """llama.cpp uses it in place of the embedding: the file is no build of a tied checkpoint."""
     change = extra("output.weight", "token_embd.weight")
     _, reader = open_build(rewrite(build, tmp_path / "b.gguf", change))
     assert not reader.config.tie_word_embeddings
