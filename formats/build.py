@@ -7,7 +7,7 @@ build.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from lfmq.formats.plan import ModelConfig, Plan
 
 Bytes = NDArray[np.uint8]
+# A key's value in a file's metadata.
+MetadataValue = str | int | float | bool | tuple[str, ...] | tuple[int, ...] | tuple[float, ...]
 # Expert weights that must share a width: a layer's projection, an expert, a layer; or none must.
 WidthScope = Literal["stack", "expert", "layer", "weight"]
 
@@ -31,12 +33,14 @@ class Assets:
         config_json: the parsed ``config.json``.
         files: tokenizer and template files by name, byte for byte (``tokenizer.json``, ...).
         folder: the checkpoint folder, for libraries that read tokenizers from one.
+        metadata: key-values that the user adds to a GGUF.
     """
 
     name: str
     config_json: dict[str, Any]
     files: dict[str, bytes]
     folder: Path
+    metadata: Mapping[str, MetadataValue] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

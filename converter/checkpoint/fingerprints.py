@@ -89,7 +89,10 @@ class Fingerprints:
 
     def _read(self) -> dict[str, Any]:
         with ExitStack() as opened:  # to the end: the trail is behind in another file
-            return {path.name: self._fingerprint(path, opened) for path in self._files}
+            return {
+                str(path.relative_to(self._folder)): self._fingerprint(path, opened)
+                for path in self._files
+            }
 
     def _fingerprint(self, path: Path, opened: ExitStack) -> dict[str, Any]:
         digest, nbytes, chunk = hashlib.sha256(), 0, memoryview(bytearray(_CHUNK))

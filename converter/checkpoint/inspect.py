@@ -4,10 +4,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lfmq.converter.checkpoint.checkpoint import Checkpoint
+from lfmq.converter.checkpoint.vocabulary import saved_for_training
 from lfmq.converter.model.tensors import expected_tensors
 from lfmq.formats.build import Assets
 from lfmq.formats.huggingface.chat_template import DEFAULT, chat_templates, other_templates
 from lfmq.formats.huggingface.end_tokens import end_token_conflicts
+from lfmq.formats.huggingface.front_matter import card_warnings
 from lfmq.formats.plan import Role
 
 
@@ -106,9 +108,16 @@ def _warnings(checkpoint: Checkpoint) -> list[str]:
             f"is {g.vocab_size:,}"
         )
     if not g.tie_word_embeddings:
-        found.append("the model has a head of its own: mlx cannot hold it, and vLLM ignores it")
+        found.append(
+            "the model has a head of its own: mlx cannot hold it, vLLM ties it to the embedding"
+        )
     found += _template_warnings(checkpoint.assets)
     found += end_token_conflicts(checkpoint.assets, g)
+    found += card_warnings(checkpoint.assets)
+    if saved := saved_for_training(checkpoint.assets):
+        found.append(
+            f"tokenizer.json saves {saved}: as in transformers, text is tokenized without"
+        )
     if "generation_config.json" not in files:
         found.append("no generation_config.json: runtimes use their own sampling defaults")
     return found

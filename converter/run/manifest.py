@@ -46,6 +46,7 @@ def write_manifest(
     builds: Mapping[str, Made],
     *,
     text_sha256: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write the manifest beside its final name, for the caller to rename with the builds.
 
@@ -60,6 +61,7 @@ def write_manifest(
         recipe: what the plan came from.
         builds: by format.
         text_sha256: of the calibration text, if any.
+        metadata: key-values that the user added, if any.
 
     Returns:
         Where it is now.
@@ -75,6 +77,7 @@ def write_manifest(
         "recipe": {"name": recipe.name, "text": recipe.text},
         "text_sha256": text_sha256,
         "plan": {e.name: _storage(e) for e in plan.entries},
+        **({"metadata": _plain(metadata)} if metadata else {}),
     }
     kept = _kept_builds(path, document)
     part = path.with_name(path.name + ".part")
@@ -90,6 +93,10 @@ def write_manifest(
             part.unlink()
         raise PlanError(f"{path}: cannot be written ({error.strerror})") from error
     return part
+
+
+def _plain(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in metadata.items()}
 
 
 def _kept_builds(path: Path, document: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,12 @@ from lfmq.formats.build import (
 from lfmq.formats.huggingface.card import Runtime, model_card
 from lfmq.formats.huggingface.chat_template import build_files
 from lfmq.formats.huggingface.end_tokens import as_value, end_tokens, stating_end_tokens
+from lfmq.formats.huggingface.front_matter import (
+    base_models,
+    front_matter,
+    hub_id,
+    sampling_settings,
+)
 from lfmq.formats.huggingface.side_files import GENERATION_CONFIG, json_object
 from lfmq.formats.onnx.genai import MODEL_FILE, genai_decoder
 from lfmq.formats.onnx.graph import GraphBuilder
@@ -99,7 +105,9 @@ def layout(plan: Plan, assets: Assets) -> BuildLayout:
     def place(tensor: DataTensor) -> TensorProto:
         return external(tensor, offsets[tensor.alias or tensor.name])
 
-    model = builder.model(place).SerializeToString(deterministic=True)
+    proto = builder.model(place)
+    helper.set_model_props(proto, _properties(plan, assets))
+    model = proto.SerializeToString(deterministic=True)
     size = max(offsets[t.alias or t.name] + t.nbytes for t in builder.tensors)
     constants = tuple(
         (offsets[t.name], t.constant) for t in builder.tensors if t.constant is not None
@@ -129,6 +137,27 @@ def _segments(tensor: DataTensor, offsets: dict[str, int]) -> Iterator[Segment]:
         nbytes = tensor.nbytes // len(tensor.parts)
         offset = offsets[tensor.name] + index * nbytes
         yield Segment(offset, nbytes, part.sources, part.pack, part.by_rows)
+
+
+def _properties(plan: Plan, assets: Assets) -> dict[str, str]:
+    """What the graph says of its model, in ``metadata_props``; known keys have ONNX's own names.
+
+    https://github.com/onnx/onnx/blob/main/docs/MetadataProps.md
+    """
+    card = front_matter(assets)
+    known = {
+        "name": assets.name,
+        "recipe": plan.recipe,
+        "model_author": hub_id(assets).partition("/")[0],
+        "model_license": card.license_name or card.license,
+        "license_link": card.license_link,
+        "base_model": ", ".join(base_models(assets)),
+        "language": ", ".join(card.language),
+        "tags": ", ".join(card.tags),
+        "pipeline_tag": card.pipeline_tag,
+        "url": card.url,
+    }
+    return {key: value for key, value in known.items() if value}
 
 
 def _config(plan: Plan, assets: Assets) -> dict[str, Any]:
@@ -163,6 +192,6 @@ def _genai_config(plan: Plan, assets: Assets) -> dict[str, Any]:
         "max_length": g.max_position_embeddings,
         "past_present_share_buffer": False,
         "do_sample": bool(generation.get("do_sample", False)),
-        **{key: generation[key] for key in _SEARCH_KEYS if key in generation},
+        **{k: v for k, v in sampling_settings(assets).items() if k in _SEARCH_KEYS},
     }
     return {"model": model, "search": search}

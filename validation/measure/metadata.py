@@ -32,6 +32,7 @@ _GEOMETRY = (
     "norm_topk_prob",
     "use_expert_bias",
     "routed_scaling_factor",
+    "tie_word_embeddings",
 )
 # A GGUF has no keys for these: llama.cpp's lfm2moe has them fixed.
 _NOT_IN_GGUF = ("norm_topk_prob", "use_expert_bias", "routed_scaling_factor")
