@@ -6,7 +6,7 @@ docs/onnx.md lists files, tensors and layouts.
 from collections.abc import Iterator
 from typing import Any
 
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 from lfmq.formats.build import (
     Assets,
