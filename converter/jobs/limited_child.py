@@ -86,7 +86,7 @@ def _answers(child: "subprocess.Popen[bytes]", count: int, limits: Limits) -> Ge
         try:
             line = lines.next(limits.seconds * _BUSY)
         except TimeoutError:
-            raise ChildDied(f"took more than {limits.seconds} seconds") from None
+            raise ChildDied(f"took more than {limits.seconds} s") from None
         except OverflowError:
             raise ChildDied(f"gave more than {limits.answer:,} bytes") from None
         if not line:
@@ -96,7 +96,7 @@ def _answers(child: "subprocess.Popen[bytes]", count: int, limits: Limits) -> Ge
 
 def _death(status: int, limits: Limits) -> str:
     if -status == signal.SIGXCPU:
-        return f"took more than {limits.seconds} seconds"
+        return f"took more than {limits.seconds} s"
     if status < 0:
         with suppress(ValueError):
             return f"ended its process with {signal.Signals(-status).name}"
@@ -131,6 +131,8 @@ class _Lines:
                 if not chunk:
                     return b""
                 self._rest += chunk
+        if end > self._longest:
+            raise OverflowError
         line = bytes(self._rest[:end])
         del self._rest[: end + 1]
         return line or b" "
