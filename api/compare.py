@@ -48,7 +48,7 @@ def compare(
     """
     source, chosen = opened(checkpoint), Text(paths_of(text), tokens, sequence)
     with torch_threads(execution.threads):
-        windows = chosen.evaluation_windows(source)
+        windows = chosen.evaluation_windows(source, execution)
         found = compare_builds(
             source, Path(a), Path(b), windows, engine=engine, execution=execution
         )

@@ -122,7 +122,7 @@ def _measure(
 ) -> Report:
     """The report, judged; each warning about a build is also told."""
     with torch_threads(job.execution.threads):
-        windows = job.text.evaluation_windows(job.source)
+        windows = job.text.evaluation_windows(job.source, job.execution)
         sequence = windows.ids.shape[1]
         job.thresholds.check_text(windows.text_sha256, windows.tokens, sequence)
         job.thresholds.check_experts(bool(job.source.config.moe_layers))

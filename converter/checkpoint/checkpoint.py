@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from lfmq.converter.checkpoint.vocabulary import Vocabulary, parse_vocabulary
 from lfmq.converter.model.tensors import Tensor, expected_tensors
 from lfmq.formats.build import Assets
+from lfmq.formats.huggingface.chat_template import ADDITIONAL, build_files
 from lfmq.formats.huggingface.config import parse_config, read_config
 from lfmq.formats.huggingface.safetensors_file import (
     FLOAT_DTYPES,
@@ -21,6 +22,7 @@ from lfmq.formats.huggingface.safetensors_file import (
     read_tensor,
     rows_of,
 )
+from lfmq.formats.huggingface.side_files import parse_object
 from lfmq.formats.plan import ModelConfig
 from lfmq.quant.errors import CheckpointError
 
@@ -31,9 +33,19 @@ _SIDE_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
     "generation_config.json",
     "README.md",
     "LICENSE",
+    "LICENSE.md",
+    "LICENSE.txt",
+    "NOTICE",
+)
+_OBJECTS = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.json",
 )
 
 
@@ -184,26 +196,19 @@ def _check_tensors(
 
 def _read_assets(folder: Path, config: dict[str, Any], name: str) -> Assets:
     files = {}
-    for file in _SIDE_FILES:
+    additional = sorted(path.name for path in folder.glob(f"{ADDITIONAL}*.jinja"))
+    for file in (*_SIDE_FILES, *(f"{ADDITIONAL}{name}" for name in additional)):
         path = folder / file
         if path.is_file():
             try:
                 files[file] = path.read_bytes()
             except OSError as error:
                 raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    for file in ("tokenizer_config.json", "generation_config.json"):
-        _check_object(folder / file, files.get(file, b"{}"))
-    return Assets(name, config, files, folder)
-
-
-def _check_object(path: Path, content: bytes) -> None:
-    try:
-        document = json.loads(content)
-        json.dumps(document, ensure_ascii=False).encode()  # no lone surrogates
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error}); fetch it again") from error
-    if not isinstance(document, dict):
-        raise CheckpointError(f"{path}: expected a JSON object; fetch it again")
+    for file in _OBJECTS:
+        parse_object(files.get(file, b"{}"), folder / file)
+    assets = Assets(name, config, files, folder)
+    build_files(assets)  # refuses templates that are none
+    return assets
 
 
 def _read_vocabulary(assets: Assets) -> Vocabulary | None:

@@ -1,11 +1,13 @@
 """What a checkpoint is, and what a user should be warned of, without reading a weight."""
 
-import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from lfmq.converter.checkpoint.checkpoint import Checkpoint
 from lfmq.converter.model.tensors import expected_tensors
+from lfmq.formats.build import Assets
+from lfmq.formats.huggingface.chat_template import DEFAULT, chat_templates, other_templates
+from lfmq.formats.huggingface.end_tokens import end_token_conflicts
 from lfmq.formats.plan import Role
 
 
@@ -100,9 +102,21 @@ def _warnings(checkpoint: Checkpoint) -> list[str]:
             f"the tokenizer has {checkpoint.vocabulary.size:,} tokens, the config's vocab_size "
             f"is {g.vocab_size:,}"
         )
-    template = json.loads(files.get("tokenizer_config.json", b"{}")).get("chat_template")
-    if "chat_template.jinja" not in files and not template:
-        found.append("no chat template: chats cannot be rendered")
+    found += _template_warnings(checkpoint.assets)
+    found += end_token_conflicts(checkpoint.assets, g)
     if "generation_config.json" not in files:
         found.append("no generation_config.json: runtimes use their own sampling defaults")
     return found
+
+
+def _template_warnings(assets: Assets) -> list[str]:
+    used = chat_templates(assets)
+    if not (used.default or "").strip():
+        others = ", ".join(name for name in used.named if name != DEFAULT)
+        what = f"no chat template is the default, only {others}" if others else "no chat template"
+        return [f"{what}: chats cannot be rendered"]
+    return [
+        f"{name} has another chat template than {used.source}: transformers and the builds use "
+        f"the one of {used.source}"
+        for name in other_templates(assets)
+    ]

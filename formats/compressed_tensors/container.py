@@ -34,6 +34,8 @@ from lfmq.formats.compressed_tensors.config import (
 from lfmq.formats.compressed_tensors.config import engine_warnings as engine_warnings
 from lfmq.formats.compressed_tensors.reader import open_reader as open_reader
 from lfmq.formats.huggingface.card import Runtime, model_card
+from lfmq.formats.huggingface.chat_template import build_files
+from lfmq.formats.huggingface.end_tokens import stating_end_tokens
 from lfmq.formats.huggingface.safetensors_layout import TensorLayout, pack_float, shard_files
 from lfmq.formats.plan import (
     Plan,
@@ -99,13 +101,14 @@ def sharded_layout(plan: Plan, assets: Assets, **options: int) -> BuildLayout:
         shard_files(tensors, metadata={"format": "pt"}, total_parameters=weights, **options)
     )
     config = {k: v for k, v in assets.config_json.items() if k not in _DROPPED}
+    config = stating_end_tokens(config, assets, plan.config)
     config |= NEEDED[plan.config.model_type](plan.config)
     config |= {"quantization_config": quantization_config(plan)}
     files.append(text_file("config.json", as_json(config)))
     card = model_card(plan, assets, files, NAME, _RUNTIME, _stored_as) + _engines(plan)
     files.append(text_file("README.md", card))
     taken = {file.path for file in files}
-    files += [text_file(n, c) for n, c in sorted(assets.files.items()) if n not in taken]
+    files += [text_file(n, c) for n, c in sorted(build_files(assets).items()) if n not in taken]
     return BuildLayout(NAME, tuple(files))
 
 

@@ -12,13 +12,16 @@ from gguf import (
     GGMLQuantizationType,
     GGUFWriter,
     LlamaFileType,
-    SpecialVocab,
     TokenType,
 )
 
 from lfmq.formats.build import Assets
+from lfmq.formats.gguf.chat_template import add_templates
 from lfmq.formats.gguf.names import ARCHITECTURES
 from lfmq.formats.gguf.pretokenizer import text_rules
+from lfmq.formats.gguf.special_vocabulary import add_special_vocabulary
+from lfmq.formats.huggingface.chat_template import chat_templates
+from lfmq.formats.huggingface.side_files import without_mark
 from lfmq.formats.plan import ModelConfig, Plan
 from lfmq.formats.versions import PROVEN
 from lfmq.quant.errors import UnsupportedError
@@ -125,14 +128,11 @@ def _add_tokenizer(writer: GGUFWriter, g: ModelConfig, assets: Assets) -> None:
     writer.add_tokenizer_pre(rules.pre.name)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    special = SpecialVocab(assets.folder, load_merges=True, n_vocab=g.vocab_size)
-    for kind in ("bos", "eos", "pad"):
-        token = getattr(g, f"{kind}_token_id")
-        if token is not None:  # the config decides: it is what the reference runs with
-            special.special_token_ids[kind] = token
+    add_special_vocabulary(writer, g, assets)
     # said in any case: with its lfm2 pre-tokenizer llama.cpp begins a text with bos by default
-    special.add_special_token = {"bos": rules.add_bos, "eos": rules.add_eos}
-    special.add_to_gguf(writer, quiet=True)
+    writer.add_add_bos_token(rules.add_bos)
+    writer.add_add_eos_token(rules.add_eos)
+    add_templates(writer, chat_templates(assets))
 
 
 def tokenizer_vocabulary(assets: Assets, size: int) -> tuple[list[str], list[TokenType]]:
@@ -147,7 +147,7 @@ def tokenizer_vocabulary(assets: Assets, size: int) -> tuple[list[str], list[Tok
             f"{assets.folder / 'tokenizer.json'}: not found; GGUF holds the tokenizer, copy it "
             "into the checkpoint folder or leave gguf out of --to"
         )
-    tokenizer: dict[str, Any] = json.loads(content)
+    tokenizer: dict[str, Any] = json.loads(without_mark(content))
     if tokenizer.get("model", {}).get("type") != "BPE":
         raise UnsupportedError(
             f"{assets.folder / 'tokenizer.json'}: model type "

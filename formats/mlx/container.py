@@ -26,6 +26,8 @@ from lfmq.formats.build import (
     text_file,
 )
 from lfmq.formats.huggingface.card import Runtime, model_card
+from lfmq.formats.huggingface.chat_template import build_files
+from lfmq.formats.huggingface.end_tokens import stating_end_tokens
 from lfmq.formats.huggingface.safetensors_layout import (
     FLOAT16_MAX,
     TensorLayout,
@@ -121,7 +123,7 @@ def sharded_layout(plan: Plan, assets: Assets, **options: int) -> BuildLayout:
         text_file("README.md", model_card(plan, assets, files, NAME, _RUNTIME, _stored_as))
     )
     taken = {file.path for file in files}
-    files += [text_file(n, c) for n, c in sorted(assets.files.items()) if n not in taken]
+    files += [text_file(n, c) for n, c in sorted(build_files(assets).items()) if n not in taken]
     return BuildLayout(NAME, tuple(files))
 
 
@@ -201,6 +203,7 @@ def _config(plan: Plan, assets: Assets) -> dict[str, Any]:
         }
     g = plan.config
     config = {k: v for k, v in assets.config_json.items() if k not in _DROPPED}
+    config = stating_end_tokens(config, assets, g)
     config |= {"layer_types": list(g.layer_types)}
     if "full_attn_idxs" in config:  # read in place of layer_types
         config["full_attn_idxs"] = list(g.attention_layers)

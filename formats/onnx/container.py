@@ -3,7 +3,6 @@
 docs/onnx.md lists files, tensors and layouts.
 """
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +20,9 @@ from lfmq.formats.build import (
     text_file,
 )
 from lfmq.formats.huggingface.card import Runtime, model_card
+from lfmq.formats.huggingface.chat_template import build_files
+from lfmq.formats.huggingface.end_tokens import as_value, end_tokens, stating_end_tokens
+from lfmq.formats.huggingface.side_files import GENERATION_CONFIG, json_object
 from lfmq.formats.onnx.graph import GraphBuilder
 from lfmq.formats.onnx.reader import DATA_FILE, MODEL_FILE
 from lfmq.formats.onnx.reader import open_reader as open_reader
@@ -117,7 +119,7 @@ def layout(plan: Plan, assets: Assets) -> BuildLayout:
         text_file("README.md", model_card(plan, assets, files, NAME, _RUNTIME, _stored_as))
     )
     taken = {file.path for file in files}
-    files += [text_file(n, c) for n, c in sorted(assets.files.items()) if n not in taken]
+    files += [text_file(n, c) for n, c in sorted(build_files(assets).items()) if n not in taken]
     return BuildLayout(NAME, tuple(files))
 
 
@@ -167,17 +169,20 @@ def _config(plan: Plan, assets: Assets) -> dict[str, Any]:
     """
     external = {"use_external_data_format": {MODEL_FILE: 1}}
     layers = {"layer_types": list(plan.config.layer_types)}
-    return assets.config_json | layers | {"transformers.js_config": external}
+    config = stating_end_tokens(assets.config_json, assets, plan.config)
+    return config | layers | {"transformers.js_config": external}
 
 
 def _genai_config(plan: Plan, assets: Assets) -> dict[str, Any]:
     """What onnxruntime-genai 0.18 needs to run the graph."""
     g = plan.config
-    generation = json.loads(assets.files.get("generation_config.json", b"{}"))
-    eos = generation.get("eos_token_id", g.eos_token_id)
-    tokens = {"bos_token_id": g.bos_token_id, "eos_token_id": eos, "pad_token_id": g.pad_token_id}
-    if g.pad_token_id is None:
-        tokens["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
+    generation = json_object(assets, GENERATION_CONFIG)
+    ends = end_tokens(assets, g).ids
+    tokens = {
+        "bos_token_id": g.bos_token_id,
+        "eos_token_id": as_value(ends) if ends else None,
+        "pad_token_id": next(iter(ends), None) if g.pad_token_id is None else g.pad_token_id,
+    }
     model = {
         "type": g.model_type,
         "vocab_size": g.vocab_size,

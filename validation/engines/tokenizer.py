@@ -9,14 +9,16 @@ from typing import Any
 from gguf import GGUFReader
 
 from lfmq.formats.build import Assets
+from lfmq.formats.gguf.chat_template import as_stored, stored_templates
 from lfmq.formats.gguf.metadata import tokenizer_vocabulary
+from lfmq.formats.huggingface.chat_template import ADDITIONAL, JINJA, PROCESSOR, chat_templates
 from lfmq.formats.versions import KNOWN_BAD
 from lfmq.quant.errors import LfmqError
 
 # The commit that updated the tokenizer files of LFM2.5-8B-A1B; its card has named it since.
 _UPDATE = "feb5e04"
 _OWN_CARD = re.compile(rb"^# LFM2\.5-8B-A1B\s*$", re.M)
-_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_FILES = ("tokenizer.json", "tokenizer_config.json", JINJA, PROCESSOR)
 
 
 def from_before_the_update(assets: Assets) -> str | None:
@@ -49,15 +51,14 @@ def tokenizer_difference(path: Path, format: str, assets: Assets) -> str | None:
         expected = _from_assets(compared, len(own[0] or ()))
     except (LfmqError, OSError, ValueError, LookupError, TypeError, AttributeError):
         return "tokenizer"
-    for name, found, wanted in zip(
-        ("tokens", "kinds of tokens", "chat template"), own, expected, strict=True
-    ):
+    for name, found, wanted in zip(("tokens", "kinds of tokens"), own, expected, strict=False):
         if found is not None and wanted is not None and found != wanted:
             return name
-    return None
+    return None if own[2] == expected[2] else "chat template"
 
 
-_Facts = tuple[list[str] | None, list[int] | None, str | None]
+# Tokens, their kinds, and chat templates by the name they have in a GGUF.
+_Facts = tuple[list[str] | None, list[int] | None, dict[str, str]]
 
 
 def _from_assets(assets: Assets, size: int) -> _Facts:
@@ -66,10 +67,7 @@ def _from_assets(assets: Assets, size: int) -> _Facts:
     if "tokenizer.json" in assets.files:
         names, types = tokenizer_vocabulary(assets, size or _rows(assets))
         kinds = [int(t) for t in types]
-    config = json.loads(assets.files.get("tokenizer_config.json", b"{}"))
-    source = assets.files.get("chat_template.jinja")
-    template = source.decode() if source else config.get("chat_template")
-    return names, kinds, template if isinstance(template, str) else None
+    return names, kinds, as_stored(chat_templates(assets))
 
 
 def _without_tokens(assets: Assets) -> Assets:
@@ -83,7 +81,8 @@ def _rows(assets: Assets) -> int:
 
 
 def _from_folder(path: Path, assets: Assets) -> _Facts:
-    files = {name: (path / name).read_bytes() for name in _FILES if (path / name).is_file()}
+    names = [*_FILES, *(f"{ADDITIONAL}{p.name}" for p in path.glob(f"{ADDITIONAL}*.jinja"))]
+    files = {name: (path / name).read_bytes() for name in names if (path / name).is_file()}
     if files.get("tokenizer.json") == assets.files.get("tokenizer.json"):
         files.pop("tokenizer.json", None)  # nothing to compare, whatever kind of tokenizer it is
     return _from_assets(replace(assets, files=files, folder=path), 0)
@@ -96,4 +95,4 @@ def _from_gguf(path: Path) -> _Facts:
         field = reader.get_field(f"tokenizer.{key}")
         return None if field is None else field.contents()
 
-    return value("ggml.tokens"), value("ggml.token_type"), value("chat_template")
+    return value("ggml.tokens"), value("ggml.token_type"), stored_templates(reader)

@@ -9,16 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gguf import GGUFReader, SpecialVocab
+from gguf import GGUFReader
 
 from lfmq.converter.checkpoint.checkpoint import Checkpoint
 from lfmq.formats.gguf.metadata import tokenizer_vocabulary
+from lfmq.formats.gguf.special_vocabulary import merges
+from lfmq.formats.huggingface.end_tokens import end_tokens
 from lfmq.formats.plan import ModelConfig
+from lfmq.quant.errors import LfmqError
+from lfmq.validation.measure.stop_tokens import stop_tokens
 
 # Facts that formats state and runtimes compute with; a build without padding may say none.
 _GEOMETRY = (
     "bos_token_id",
-    "eos_token_id",
     "head_dim",
     "num_attention_heads",
     "num_key_value_heads",
@@ -74,6 +77,7 @@ def differing_facts(
     if _TOKENIZER in checkpoint.assets.files:
         compare = _gguf_tokenizer if format == "gguf" else _file_tokenizer
         facts += compare(path, checkpoint)
+    facts += _end_tokens(path, format, checkpoint)
     if (path / _GENAI).is_file():
         facts += _genai_tokens(path / _GENAI, expected)
     return tuple(facts)
@@ -105,10 +109,9 @@ def _file_tokenizer(path: Path, checkpoint: Checkpoint) -> list[Fact]:
 def _gguf_tokenizer(path: Path, checkpoint: Checkpoint) -> list[Fact]:
     g, assets = checkpoint.config, checkpoint.assets
     tokens, _ = tokenizer_vocabulary(assets, g.vocab_size)
-    merges = SpecialVocab(assets.folder, load_merges=True, n_vocab=g.vocab_size).merges
     reader = GGUFReader(path)
     facts = []
-    for name, wanted in (("tokens", tokens), ("merges", merges)):
+    for name, wanted in (("tokens", tokens), ("merges", merges(assets))):
         field = reader.get_field(f"tokenizer.ggml.{name}")
         found = [] if field is None else field.contents()
         if found != wanted:
@@ -116,6 +119,18 @@ def _gguf_tokenizer(path: Path, checkpoint: Checkpoint) -> list[Fact]:
             what = f"{len(found)}, {same} of them in the checkpoint's place"
             facts.append(Fact(f"tokenizer.ggml.{name}", what, f"{len(wanted)} of its own"))
     return facts
+
+
+def _end_tokens(path: Path, format: str, checkpoint: Checkpoint) -> list[Fact]:
+    """What generation stops at in the build's own runtime."""
+    expected = set(end_tokens(checkpoint.assets, checkpoint.config).ids)
+    try:
+        found, besides = stop_tokens(path, format, checkpoint)
+    except (LfmqError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return [Fact("end tokens", f"unreadable ({error})", sorted(expected))]
+    if expected <= found | besides and found <= expected | besides:
+        return []
+    return [Fact("end tokens", sorted(found), sorted(expected))]
 
 
 def _genai_tokens(path: Path, expected: ModelConfig) -> list[Fact]:

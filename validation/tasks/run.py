@@ -18,7 +18,7 @@ from lfmq.converter.checkpoint.checkpoint import Checkpoint
 from lfmq.converter.jobs.execution import Execution
 from lfmq.converter.model.decode import Decoder, KeptModel, sequence_nbytes
 from lfmq.converter.model.forward import Model
-from lfmq.converter.model.text import load_tokenizer
+from lfmq.converter.model.tokenizer import load_tokenizer
 from lfmq.quant.errors import ValidationError
 from lfmq.validation.measure.builds import open_builds
 from lfmq.validation.measure.generation import GenerationFigures
@@ -76,7 +76,7 @@ def prepare_checks(
             f"{path}: the longest prompt of {longest} tokens and --new-tokens {new_tokens} exceed "
             f"the model's context of {context} tokens; use fewer"
         )
-    stop = stop_tokens(assets, config.eos_token_id)
+    stop = stop_tokens(assets, config)
     return Checks(tasks, load_tokenizer(assets), card_sampling(assets), stop, new_tokens, runs)
 
 

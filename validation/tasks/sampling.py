@@ -8,7 +8,6 @@ temperature last.
 Shapes: W sequences, V vocabulary, K candidates.
 """
 
-import json
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,8 +15,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lfmq.converter.model.text import ChatTemplate
+from lfmq.converter.model.chat import ChatTemplate
 from lfmq.formats.build import Assets
+from lfmq.formats.huggingface.end_tokens import end_tokens
+from lfmq.formats.huggingface.side_files import GENERATION_CONFIG, json_object
+from lfmq.formats.plan import ModelConfig
 from lfmq.quant.errors import ValidationError
 
 
@@ -63,7 +65,7 @@ def card_sampling(assets: Assets) -> Sampling:
     Raises:
         ValidationError: a setting is not a number or out of its bounds.
     """
-    config = json.loads(assets.files.get("generation_config.json", b"{}"))
+    config = json_object(assets, GENERATION_CONFIG)
     given = {key: config[key] for key in _BOUNDS if config.get(key) is not None}
     if not given:
         return THINKING_CARD if ChatTemplate(assets).thinks else PLAIN_CARD
@@ -72,21 +74,19 @@ def card_sampling(assets: Assets) -> Sampling:
     return replace(Sampling(**given), source="generation_config.json")
 
 
-def stop_tokens(assets: Assets, eos_token_id: int | None) -> frozenset[int]:
-    """Tokens that end a turn: of ``generation_config.json``, else the config's.
+def stop_tokens(assets: Assets, config: ModelConfig) -> frozenset[int]:
+    """Tokens that end a turn: those generation stops at.
 
     Raises:
         ValidationError: there is none.
     """
-    config = json.loads(assets.files.get("generation_config.json", b"{}"))
-    found = config.get("eos_token_id", eos_token_id)
-    tokens = found if isinstance(found, list) else [found]
-    if not tokens or not all(isinstance(t, int) and not isinstance(t, bool) for t in tokens):
+    found = end_tokens(assets, config)
+    if not found.ids:
         raise ValidationError(
-            f"{assets.folder / 'generation_config.json'}: eos_token_id is {found!r}, expected a "
-            "token's id or a list of them; without one no answer ends"
+            f"{assets.folder / GENERATION_CONFIG}: no file names an end token; expected a token's "
+            "id or a list of them as eos_token_id; without one no answer ends"
         )
-    return frozenset(tokens)
+    return frozenset(found.ids)
 
 
 def _check(assets: Assets, key: str, value: Any) -> None:

@@ -15,7 +15,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lfmq.converter.model.text import ChatTemplate, encode_texts
+from lfmq.converter.model.chat import Chat, ChatTemplate
+from lfmq.converter.model.text import parse_line
+from lfmq.converter.model.tokenizer import encode_texts
 from lfmq.formats.build import Assets
 from lfmq.formats.plan import ModelConfig
 from lfmq.quant.errors import ValidationError
@@ -82,11 +84,12 @@ def load_tasks(
     except UnicodeDecodeError as error:
         raise ValidationError(f"{path}: not UTF-8 text (byte {error.start})") from error
     template = ChatTemplate(assets)
-    read = [_read_task(f"{path}, line {n}", line, template) for n, line in lines if line.strip()]
+    read = [_read_task(f"{path}, line {n}", line) for n, line in lines if line.strip()]
     if not read:
         raise ValidationError(f"{path}: holds no task; expected a JSON object on each line")
+    texts = template.render(chat for chat, _, _ in read)
     read = read[:count]
-    prompts = encode_texts([text for text, _, _ in read], assets, config)
+    prompts = encode_texts(texts[:count], assets, config)
     tasks = tuple(
         Task(np.array(ids, np.int64), answer, calls)
         for ids, (_, answer, calls) in zip(prompts, read, strict=True)
@@ -94,14 +97,9 @@ def load_tasks(
     return Tasks(tasks, template.thinks, hashlib.sha256(content).hexdigest())
 
 
-def _read_task(
-    where: str, line: str, template: ChatTemplate
-) -> tuple[str, str, tuple[Call, ...] | None]:
+def _read_task(where: str, line: str) -> tuple[Chat, str, tuple[Call, ...] | None]:
     """A line as prompt, answer and calls."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValidationError(f"{where}: not JSON ({error})") from error
+    record = parse_line(where, line)
     if not isinstance(record, dict):
         raise ValidationError(f"{where}: expected an object, found {_short(record)}")
     missing, unknown = _NEEDED - record.keys(), record.keys() - _NEEDED - _OPTIONAL
@@ -110,13 +108,11 @@ def _read_task(
         expected = f"{sorted(_NEEDED)} and perhaps {sorted(_OPTIONAL)}"
         raise ValidationError(f"{where}: {found}; a task has the keys {expected}")
     _check_values(where, record)
-    text = template(
-        record["messages"], record.get("tools"), where=where, add_generation_prompt=True
-    )
+    chat = Chat(record["messages"], record.get("tools"), None, True, where)
     if record["kind"] == "answer":
-        return text, record["answer"], None
+        return chat, record["answer"], None
     try:
-        return text, record["answer"], parse_calls(record["answer"])
+        return chat, record["answer"], parse_calls(record["answer"])
     except ValidationError as error:
         raise ValidationError(f"{where}: the answer of kind 'tool': {error}") from error
 

@@ -6,14 +6,8 @@ import pytest
 import transformers
 
 from lfmq.converter.checkpoint.checkpoint import open_checkpoint
-from lfmq.converter.model.text import ChatTemplate, load_windows
+from lfmq.converter.model.text import load_windows
 from lfmq.quant.errors import ValidationError
-
-CHAT = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "2 + 2?"},
-    {"role": "assistant", "content": "4", "thinking": "easy"},
-]
 
 
 @pytest.fixture(scope="module")
@@ -57,56 +51,6 @@ def test_tokens_equal_transformers(sample, sample_folder, tmp_path):
     assert windows.domains == ("note",)
 
 
-@pytest.mark.parametrize("prompt", [False, True])
-@pytest.mark.parametrize("tools", [None, [{"name": "get_weather", "parameters": {"city": "é"}}]])
-def test_chats_render_as_transformers_does(sample, sample_folder, tools, prompt):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(sample_folder)
-    expected = tokenizer.apply_chat_template(
-        CHAT, tools=tools, tokenize=False, add_generation_prompt=prompt
-    )
-    found = ChatTemplate(sample.assets)(CHAT, tools, add_generation_prompt=prompt)
-    assert found == expected
-
-
-def test_generation_blocks_render_as_transformers_does(sample, sample_folder):
-    """LFM2.5's template marks what the model is trained on."""
-    source = (
-        "{{ bos_token }}{% for m in messages %}{{ m.role }}{% if m.role == 'assistant' %}"
-        "{%- generation -%} {{ m.content }} {%- endgeneration -%}"
-        "{% else %}{{ m.content }}{% endif %}{% endfor %}"
-    )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(sample_folder)
-    expected = tokenizer.apply_chat_template(CHAT, chat_template=source, tokenize=False)
-    files = {**sample.assets.files, "chat_template.jinja": source.encode()}
-    assert ChatTemplate(replace(sample.assets, files=files))(CHAT) == expected
-
-
-@pytest.mark.parametrize(
-    ("source", "thinks"),
-    [
-        (b"{{ '<think>' + messages[0].thinking + '</think>' }}", True),
-        (b"{{ messages[0].content.split('</think>')[-1] }}", False),
-        (b"{{ messages[0].content }}", False),
-    ],
-)
-def test_a_template_tells_whether_the_model_thinks(sample, source, thinks):
-    files = {**sample.assets.files, "chat_template.jinja": source}
-    assert ChatTemplate(replace(sample.assets, files=files)).thinks is thinks
-    assert ChatTemplate(sample.assets).thinks
-
-
-def test_a_template_cannot_reach_python(sample):
-    source = b"{{ messages.__class__.__mro__[1].__subclasses__() }}"
-    files = {**sample.assets.files, "chat_template.jinja": source}
-    with pytest.raises(ValidationError, match="chat template failed"):
-        ChatTemplate(replace(sample.assets, files=files))(CHAT)
-
-
-def test_dates_in_templates_are_pinned(sample):
-    files = {**sample.assets.files, "chat_template.jinja": b"{{ strftime_now('%Y-%m-%d') }}"}
-    assert ChatTemplate(replace(sample.assets, files=files))(CHAT) == "2025-01-01"
-
-
 def write(path, content):
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -125,6 +69,9 @@ def write(path, content):
         ("list.jsonl", "[1, 2]", "line 1: expected an object"),
         ("none.jsonl", '{"domain": "x"}', "neither a 'text' string nor a 'messages' list"),
         ("chat.jsonl", json.dumps({"messages": [1]}), "the chat template failed"),
+        ("half.jsonl", r'{"text": "\ud83d"}', r"line 1: holds '\\ud83d', half of a surrogate"),
+        ("key.jsonl", r'{"messages": [{"\ud83d": 1}]}', "half of a surrogate pair"),
+        ("tools.jsonl", '{"messages": [], "tools": 1}', "line 1: tools is no list"),
     ],
 )
 def test_bad_text_is_one_clear_line(sample, tmp_path, name, content, message):
@@ -156,3 +103,12 @@ def test_chats_without_a_template_are_refused(sample, evaluation):
     bare = replace(sample.assets, files=files)
     with pytest.raises(ValidationError, match="no chat template"):
         load_windows([evaluation], bare, sample.config, tokens=128, sequence=128)
+
+
+def test_without_chats_the_text_has_another_hash(sample, evaluation):
+    whole = load(sample, evaluation)
+    files = {k: v for k, v in sample.assets.files.items() if k != "chat_template.jinja"}
+    bare = replace(sample.assets, files=files)
+    plain = load_windows([evaluation], bare, sample.config, tokens=4096, sequence=128, chats=False)
+    assert set(plain.domains) < set(whole.domains)
+    assert plain.text_sha256 != whole.text_sha256

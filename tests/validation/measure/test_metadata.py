@@ -105,3 +105,18 @@ def test_a_start_of_text_in_genais_config(builds, sample, tmp_path):
     (copy / "genai_config.json").write_text(json.dumps(document))
     (fact,) = facts_of(copy, "onnx", sample).values()
     assert (fact.found, fact.expected) == (3, 1)
+
+
+def test_end_tokens_of_a_build(builds, sample, tmp_path):
+    """A GGUF may add what llama.cpp ends at by its text, an MLX folder the tokenizer's own."""
+    for format, file in (("onnx", "genai_config.json"), ("mlx", "generation_config.json")):
+        copy = shutil.copytree(builds[format], tmp_path / format)
+        document = json.loads((copy / file).read_text())
+        (document["model"] if format == "onnx" else document)["eos_token_id"] = [4, 7]
+        (copy / file).write_text(json.dumps(document))
+        (fact,) = facts_of(copy, format, sample).values()
+        assert (fact.name, fact.found, fact.expected) == ("end tokens", [4, 7], [4])
+    files = sample.assets.files | {"generation_config.json": b'{"eos_token_id": [4, 9]}'}
+    wanted = dataclasses.replace(sample, assets=dataclasses.replace(sample.assets, files=files))
+    (fact,) = facts_of(builds["gguf"], "gguf", wanted).values()
+    assert (fact.name, fact.found, fact.expected) == ("end tokens", [4], [4, 9])

@@ -122,10 +122,13 @@ def test_settings_out_of_bounds_are_refused(tiny_assets, key, value):
         card_sampling(bad)
 
 
-def test_stop_tokens(tiny_assets):
-    assert stop_tokens(tiny_assets, 9) == {4}
-    assert stop_tokens(with_files(tiny_assets, generation='{"eos_token_id": [2, 7]}'), 9) == {2, 7}
-    assert stop_tokens(with_files(tiny_assets, generation="{}"), 9) == {9}
-    for bad in ("null", "[]", '"x"', "[true]"):
-        with pytest.raises(ValidationError, match=r"eos_token_id is .*expected"):
-            stop_tokens(with_files(tiny_assets, generation=f'{{"eos_token_id": {bad}}}'), 9)
+def test_stop_tokens(tiny_assets, tiny_config):
+    assert stop_tokens(tiny_assets, tiny_config) == {4}
+    listed = with_files(tiny_assets, generation='{"eos_token_id": [2, 7]}')
+    assert stop_tokens(listed, tiny_config) == {2, 7}
+    for bad in ("{}", '{"eos_token_id": null}', '{"eos_token_id": [true, -1]}'):
+        assert stop_tokens(with_files(tiny_assets, generation=bad), tiny_config) == {4}
+    bare = with_files(tiny_assets, generation="{}")
+    none = replace(bare, files={}, config_json=bare.config_json | {"eos_token_id": None})
+    with pytest.raises(ValidationError, match=r"no file names an end token"):
+        stop_tokens(none, tiny_config)
