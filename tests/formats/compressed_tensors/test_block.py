@@ -15,6 +15,7 @@ from lfmq.converter.run.open_build import open_build
 from lfmq.formats.build import Assets
 from lfmq.formats.compressed_tensors import container as ct
 from lfmq.formats.compressed_tensors.block import read_block
+from lfmq.formats.compressed_tensors.config import quantization_config
 from lfmq.formats.plan import ModelConfig, Plan, TensorPlan
 from lfmq.formats.writing.writer import BuildWriter
 from lfmq.quant.errors import ValidationError
@@ -141,7 +142,7 @@ def test_the_patterns_of_every_plan_are_allowed(
     rng = np.random.default_rng(0)
     schemes = (Scheme(4), Scheme(8), Scheme(4, 64), "float32")
     overrides = {name: schemes[rng.integers(4)] for name in names}
-    block = ct.quantization_config(make_plan(tiny_config, overrides=overrides))
+    block = quantization_config(make_plan(tiny_config, overrides=overrides))
     found = read_block({"quantization_config": block}, Path("config.json"))
     patterns = [t for g in found.groups for t in g.targets if t.startswith("re:")]
     assert len(patterns) > 5
