@@ -145,7 +145,7 @@ def _file(build: Path, name: str, fields: dict[str, Any]) -> _File:
     if not plain or inside.parts[:1] != (build.name,) or "\0" in name:
         raise ValueError(f"it names {name!r:.80}, which is no file of {build.name!r:.80}")
     nbytes, digest = fields["bytes"], fields["sha256"]
-    if type(nbytes) is not int or nbytes < 0 or not _SHA256.fullmatch(digest):
+    if type(nbytes) is not int or not 0 <= nbytes < 2**53 or not _SHA256.fullmatch(digest):
         raise ValueError(f"bytes or sha256 of {name!r:.80}")
     return _File(nbytes, digest, _segments(name, fields.get("pieces", []), nbytes))
 

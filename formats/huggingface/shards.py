@@ -62,15 +62,15 @@ def _check_index(index: Path, found: Mapping[str, StoredTensor]) -> None:
     if not isinstance(weight_map, dict):
         raise ValidationError(f"{index}: weight_map is {_short(weight_map)}, expected an object")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file or file in (".", ".."):
+        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
             raise ValidationError(
                 f"{index}: {_short(name)} is in {_short(file)}, expected the name of a file in "
                 "the build's folder"
             )
         if name not in found:
             raise ValidationError(
-                f"{index.parent}: tensor {name[:80]} is missing, {INDEX_FILE} has it in "
-                f"{file[:80]}; write the build again"
+                f"{index.parent}: tensor {name[:80]} is missing, {INDEX_FILE} has it; "
+                "write the build again"
             )
         if found[name].path.name != file:
             raise ValidationError(
