@@ -166,11 +166,12 @@ def _judge_config(root: Path, sound: Result, found: Result) -> str:
         return "other weights"
     raw = json.loads((root / "tiny/config.json").read_bytes())
     for key, used in found["config"].items():
-        said = raw.get(key, used)
-        if key not in raw and used != sound["config"][key] and key not in _DEFAULTS:
-            return f"{key} is {used}, of which the file says nothing"
-        if key in ("layer_types", "rope_theta", *_DEFAULTS) or key.endswith("token_id"):
+        if key in ("layer_types", *_DEFAULTS) or key.endswith("token_id"):
             continue
+        said = raw.get(key, sound["config"][key])
+        if key == "rope_theta":
+            nested = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+            said = nested.get(key, raw.get(key))
         if said != used or isinstance(said, bool) != isinstance(used, bool):
             return f"{key} is {used}, the file says {said!r:.60}"
     return ""
