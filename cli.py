@@ -19,6 +19,7 @@ from lfmq.quant.errors import LfmqError, UsageError
 
 _LONGEST_LINE = 400  # characters of an error
 
+
 class Commands(click.Group):
     """The one place where library errors become a line on stderr and an exit status."""
 

@@ -8,6 +8,22 @@ normalized first. llama.cpp looks for one after the other, the longest first, wh
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from lfmq.formats.gguf.special_vocabulary import LLAMA_CPP_ENDS
+
+# Taken for control tokens by their text, with those that end generation
+# (llama-vocab.cpp, "auto-detect special tokens by text"), and never taken for one.
+_INFILL = frozenset(
+    (
+        "<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<\uff5cfim\u2581begin\uff5c>", "<PRE>",
+        "\u2581<PRE>", "<|code_prefix|>", "<|prefix|>", "<|fim_suffix|>", "<fim-suffix>",
+        "<fim_suffix>", "<\uff5cfim\u2581hole\uff5c>", "<SUF>", "\u2581<SUF>", "<|code_suffix|>",
+        "<|suffix|>", "<|fim_middle|>", "<fim-middle>", "<fim_middle>",
+        "<\uff5cfim\u2581end\uff5c>", "<MID>", "\u2581<MID>", "<|code_middle|>", "<|middle|>",
+        "<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]", "<|fim_repo|>", "<|repo_name|>",
+        "<fim-repo>", "<REPO>", "<reponame>", "<|file_sep|>",
+    )
+)  # fmt: skip
+_ALWAYS_WRITTEN = frozenset(("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>"))
 _FLAGS = ("lstrip", "rstrip", "single_word")
 
 
@@ -19,12 +35,24 @@ def conflict(added: Iterable[dict[str, Any]]) -> str | None:
         if flagged:
             more = f" and {len(flagged) - 1} more" if flagged[1:] else ""
             return f"added token {flagged[0]!r}{more} has {flag}, which llama.cpp ignores"
+    for token in added:
+        if bool(token.get("special")) != _special_by_text(token):
+            kind = "special" if token.get("special") else "not special"
+            return f"added token {token['content']!r} is {kind}, llama.cpp decides by its text"
     plain = [token["content"] for token in added if not token.get("normalized")]
     normalized = [token["content"] for token in added if token.get("normalized")]
     for text in _crossing([*plain, *normalized]):
         if _leftmost(text, plain, normalized) != _longest_first(text, [*plain, *normalized]):
             return f"added tokens overlap in {text!r}, where llama.cpp takes others"
     return None
+
+
+def _special_by_text(token: dict[str, Any]) -> bool:
+    """What llama.cpp makes of a token: it knows some by their text, whatever the file says."""
+    text = token["content"]
+    if text in _ALWAYS_WRITTEN:
+        return False
+    return bool(token.get("special")) or text in LLAMA_CPP_ENDS or text in _INFILL
 
 
 def _crossing(tokens: Sequence[str]) -> Iterator[str]:

@@ -132,7 +132,10 @@ def _add_tokenizer(writer: GGUFWriter, g: ModelConfig, assets: Assets) -> None:
     writer.add_tokenizer_pre(rules.pre.name)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    add_special_vocabulary(writer, g, assets, rules)
+    add_special_vocabulary(writer, g, assets)
+    # said in any case: with its lfm2 pre-tokenizer llama.cpp begins a text with bos by default
+    writer.add_add_bos_token(rules.add_bos)
+    writer.add_add_eos_token(rules.add_eos)
     add_templates(writer, chat_templates(assets))
 
 

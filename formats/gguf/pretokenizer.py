@@ -18,6 +18,8 @@ from typing import Any
 
 from lfmq.formats.build import Assets
 from lfmq.formats.gguf.added_tokens import conflict
+from lfmq.formats.huggingface.side_files import without_mark
+from lfmq.formats.huggingface.special_tokens import special_tokens
 from lfmq.quant.errors import UnsupportedError
 
 # Patterns as tokenizer.json writes them.
@@ -95,7 +97,7 @@ def text_rules(assets: Assets, bos: int | None) -> TextRules:
         UnsupportedError: what llama.cpp would do otherwise, and what to do.
     """
     content = assets.files["tokenizer.json"]
-    tokenizer: dict[str, Any] = json.loads(content)
+    tokenizer: dict[str, Any] = json.loads(without_mark(content))
     reason = (
         _of_name(assets.name)
         or _of_normalizer(tokenizer.get("normalizer"))
@@ -237,7 +239,7 @@ def _short(text: str) -> str:
 @lru_cache(maxsize=4)  # a plan is checked, then laid out
 def _unmerged(content: bytes) -> str | None:
     """A token that the merges do not make of its letters; None where all are made."""
-    tokenizer = json.loads(content)
+    tokenizer = json.loads(without_mark(content))
     added = {token["content"] for token in tokenizer.get("added_tokens") or ()}
     letters = set(byte_letters())
     ranks: dict[tuple[str, str], int] = {}
@@ -275,8 +277,7 @@ def _tokens_around(
     beside it (``tokenization_utils_base.py``).
     """
     before, after = _template(tokenizer.get("post_processor"))
-    config = json.loads(assets.files.get("tokenizer_config.json", b"{}"))
-    eos = _content(config.get("eos_token"))
+    eos = special_tokens(assets).get("eos_token")
     ids = {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or ()}
     if [ids.get(name) for name in before] not in ([], [bos]) or after not in ([], [eos]):
         raise _NotInLlamaCpp(
@@ -310,10 +311,6 @@ def _processors(node: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
         yield node
     else:
         raise _NotInLlamaCpp(f"has the post-processor {node.get('type')}, llama.cpp has not")
-
-
-def _content(token: Any) -> Any:
-    return token.get("content") if isinstance(token, dict) else token
 
 
 def _listed(tokens: Iterable[Any]) -> str:

@@ -1,4 +1,4 @@
-"""The part of a GGUF's tokenizer beside its tokens: merges, special tokens, what starts a text.
+"""The part of a GGUF's tokenizer beside its tokens: merges and special tokens.
 
 As gguf-py's ``SpecialVocab`` (0.19), from the checkpoint's parsed files instead of its folder,
 and with the end tokens that generation stops at.
@@ -10,7 +10,6 @@ from typing import Any
 from gguf import GGUFWriter
 
 from lfmq.formats.build import Assets
-from lfmq.formats.gguf.pretokenizer import TextRules
 from lfmq.formats.huggingface.end_tokens import end_tokens, token_ids
 from lfmq.formats.huggingface.side_files import without_mark
 from lfmq.formats.huggingface.special_tokens import special_tokens
@@ -75,16 +74,11 @@ def end_keys(assets: Assets, config: ModelConfig) -> dict[str, int]:
     return dict(zip(_ENDS, ids, strict=False))
 
 
-def add_special_vocabulary(
-    writer: GGUFWriter, config: ModelConfig, assets: Assets, rules: TextRules
-) -> None:
-    """Merges, the ids of special tokens, and whether a text starts and ends with one."""
+def add_special_vocabulary(writer: GGUFWriter, config: ModelConfig, assets: Assets) -> None:
+    """Merges and the ids of special tokens."""
     writer.add_token_merges(merges(assets))
     for kind, token in _special_ids(assets, config).items():
         getattr(writer, f"add_{kind}_token_id")(token)
-    # said in any case: with its lfm2 pre-tokenizer llama.cpp begins a text with bos by default
-    writer.add_add_bos_token(rules.add_bos)
-    writer.add_add_eos_token(rules.add_eos)
 
 
 def _special_ids(assets: Assets, config: ModelConfig) -> dict[str, int]:

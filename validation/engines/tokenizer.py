@@ -89,8 +89,5 @@ def _from_folder(path: Path, assets: Assets) -> _Facts:
 
 def _from_gguf(path: Path) -> _Facts:
     header = scan_gguf(path)
-    return (
-        header.value("tokenizer.ggml.tokens"),
-        header.value("tokenizer.ggml.token_type"),
-        stored_templates(header),
-    )
+    tokens, kinds = (header.value(f"tokenizer.ggml.{key}") for key in ("tokens", "token_type"))
+    return tokens, kinds, stored_templates(header)

@@ -23,7 +23,7 @@ def stop_tokens(path: Path, format: str, checkpoint: Checkpoint) -> tuple[set[in
         checkpoint: what it is to be a build of.
 
     Raises:
-        CheckpointError: a file of the build is not a JSON object.
+        LfmqError: a file of the build is not a JSON object, or not a GGUF file.
         OSError: a file cannot be read.
         ValueError: a file is not JSON.
         LookupError: a file lacks a key.

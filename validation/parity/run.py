@@ -103,6 +103,8 @@ def _in_group(
             yield from _unlike_ids(probe, run.ids[index], wanted.ids[index])
             if framed:
                 yield from _unlike_ids(probe, _at(run.framed, index), _at(wanted.framed, index))
+        if probe.is_broken(index):
+            continue
         ids = _some(probe.sequences[index])
         yield from _unlike_text(f"ids {ids} as text", run.kept[index], wanted.kept[index])
         what = f"ids {ids} as text without special tokens"

@@ -38,6 +38,23 @@ def test_flags(flag: str) -> None:
     assert conflict(tokens) == f"added token '<0>' and 2 more has {flag}, which llama.cpp ignores"
 
 
+@pytest.mark.parametrize(
+    ("content", "special", "fine"),
+    [
+        ("</s>", False, False),
+        ("</s>", True, True),
+        ("<|fim_prefix|>", False, False),
+        ("<|channel|>", True, False),
+        ("<|channel|>", False, True),
+        ("<|other|>", False, True),
+    ],
+)
+def test_tokens_that_llama_cpp_knows_by_their_text(
+    content: str, special: bool, fine: bool
+) -> None:
+    assert (conflict([token(content, special=special)]) is None) == fine
+
+
 def test_the_library_looks_for_what_is_not_normalized_first() -> None:
     inner = token("im")
     assert conflict([inner, token("<im_x>")]) is None

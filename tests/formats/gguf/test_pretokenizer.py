@@ -121,7 +121,8 @@ def test_llama_cpp_splits_as_the_checkpoint(
     pytest.importorskip("xllamacpp")
     changes, name = SPLITS[case]
     assets = changed(*changes)
-    path = write_header(tmp_path / "a.gguf", assets, tiny_config, make_plan)
+    plan = make_plan(replace(tiny_config, vocab_size=8200))
+    path = write_header(tmp_path / "a.gguf", assets, plan)
     field = GGUFReader(path).get_field("tokenizer.ggml.pre")
     assert field is not None
     assert field.contents() == name
@@ -130,11 +131,8 @@ def test_llama_cpp_splits_as_the_checkpoint(
     assert len(found.tokenizer) == 14
 
 
-def write_header(
-    path: Path, assets: Assets, config: ModelConfig, make_plan: Callable[..., Plan]
-) -> Path:
+def write_header(path: Path, assets: Assets, plan: Plan) -> Path:
     """A build of zeros."""
-    plan = make_plan(replace(config, vocab_size=8200))
     container.check(plan, assets)
     (file,) = container.layout(plan, assets).files
     path.write_bytes(file.constants[0][1])

@@ -32,9 +32,10 @@ def build(
     make_plan: Callable[..., Plan],
     random_weight: Callable[[TensorPlan], Weight],
 ) -> Path:
-    experts: dict[str, Scheme | str] = {
+    storages: dict[int, Scheme | str] = {1: Scheme(8), 4: "float32"}
+    experts = {
         f"model.layers.2.feed_forward.experts.{e}.{w}.weight": storage
-        for e, storage in ((1, Scheme(8)), (4, "float32"))
+        for e, storage in storages.items()
         for w in ("w1", "w2", "w3")
     }
     plan = make_plan(tiny_config, overrides=experts)

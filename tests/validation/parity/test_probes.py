@@ -94,6 +94,9 @@ def test_chats_that_a_template_refuses_are_left_out(tiny_assets: Assets) -> None
     template = "{% if tools %}{{ raise_exception('no tools') }}{% endif %}{{ messages | length }}"
     files = tiny_assets.files | {"chat_template.jinja": template.encode()}
     assert len(make_probe(replace(tiny_assets, files=files)).chats) == 4
+    files["chat_template.jinja"] = b"{{ strftime_now('%Y') }}"
+    dated = make_probe(replace(tiny_assets, files=files))
+    assert (len(dated.chats), len(dated.groups[CHATS])) == (0, 5)
     del files["chat_template.jinja"]
     assert make_probe(replace(tiny_assets, files=files)).chats == ()
 

@@ -1,6 +1,7 @@
 """Builds' tokenizers in their runtimes: sound ones are equal, planted differences are found."""
 
 import json
+import runpy
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,12 +12,18 @@ import pytest
 
 from lfmq.converter.checkpoint.checkpoint import open_checkpoint
 from lfmq.formats.build import Assets
+from lfmq.formats.plan import Plan
+from lfmq.tests.formats.gguf.test_pretokenizer import write_header
 from lfmq.validation.engines import mlx_tokenizer, transformers_tokenizer
 from lfmq.validation.engines.protocol import TokenizerRun
 from lfmq.validation.parity.probes import make_probe
 from lfmq.validation.parity.result import Parity
 from lfmq.validation.parity.run import measure_parity
 
+BENCHMARK = Path(__file__).resolve().parents[3] / "benchmarks" / "tokenizer_parity.py"
+
+# All that genai wants to know of a model whose tokenizer alone it opens.
+GENAI = b'{"model": {"type": "lfm2", "vocab_size": 8256, "decoder": {}}}'
 Build = Callable[[str, str], Path]
 Change = Callable[[dict[str, Any]], None]
 
@@ -103,6 +110,24 @@ def test_a_sound_build(format: str, assets: Assets, convert_sample: Build) -> No
     assert [row.runtime for row in found.by_runtime()] == runtimes
     assert found.not_measured == ()
     assert [t.equal for t in found.template] == ([True] if format == "onnx" else [])
+
+
+def test_many_added_tokens(
+    changed: Callable[[Change], Assets], make_plan: Callable[..., Plan], tmp_path: Path
+) -> None:
+    """64 more, special and not, in the tokenizer files of a folder and in a GGUF of zeros."""
+    added = runpy.run_path(str(BENCHMARK))["added_tokens"](8192)
+    assert len(added) == 64
+    assets = changed(lambda tokenizer: tokenizer["added_tokens"].extend(added))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name, content in {**assets.files, "genai_config.json": GENAI}.items():
+        (folder / name).write_bytes(content)
+    config = replace(open_checkpoint(assets.folder).config, vocab_size=8256)
+    path = write_header(tmp_path / "a.gguf", assets, make_plan(config))
+    found = measure_parity(assets, {path: "gguf", folder: "onnx"}, native=False)
+    assert differences(found) == {}
+    assert len({g.runtime for g in found.tokenizer}) == 3
 
 
 @pytest.mark.parametrize(("plant", "group"), PLANTED, ids=lambda p: getattr(p, "__name__", None))
