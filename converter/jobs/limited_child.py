@@ -21,7 +21,6 @@ from pathlib import Path
 from threading import Thread
 from typing import IO, Any
 
-import lfmq
 from lfmq.quant.errors import ValidationError
 
 _START_SECONDS = 60.0  # to import its modules, on a machine that is busy
@@ -78,7 +77,7 @@ def ask(module: str, questions: Iterable[Any], limits: Limits) -> Generator[Any]
         ValidationError: the child could not be started.
     """
     listed = list(questions)
-    root = str(Path(lfmq.__file__).parent)
+    root = str(Path(__file__).resolve().parents[2])
     words = [root, module, str(limits.seconds), str(limits.memory)]
     command = [sys.executable, "-P", "-c", _START, *words]
     with subprocess.Popen(
