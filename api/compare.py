@@ -1,5 +1,6 @@
 """Two builds against each other."""
 
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from lfmq.converter.jobs.execution import Execution
 from lfmq.validation.measure.builds import Engine
 from lfmq.validation.measure.compare import PairedReport
 from lfmq.validation.measure.compare import compare as compare_builds
+from lfmq.validation.parity.run import measure_parity
 
 
 def compare(
@@ -21,6 +23,7 @@ def compare(
     tokens: int = TOKENS,
     sequence: int = SEQUENCE,
     engine: Engine = "read",
+    allow_other: bool = False,
     execution: Execution = Execution(),
 ) -> PairedReport:
     """Run two builds of one checkpoint on the same tokens and compare them figure by figure.
@@ -34,6 +37,7 @@ def compare(
         sequence: tokens in a window; the second half of each window is scored.
         engine: ``read`` runs the files' weights in the reference forward, ``native`` the files in
             their own runtime.
+        allow_other: compare builds of other checkpoints too; the report names them.
         execution: threads, device, and whom to tell of progress.
 
     Returns:
@@ -47,6 +51,19 @@ def compare(
     source, chosen = opened(checkpoint), Text(paths_of(text), tokens, sequence)
     with torch_threads(execution.threads):
         windows = chosen.evaluation_windows(source, execution)
-        return compare_builds(
-            source, Path(a), Path(b), windows, engine=engine, execution=execution
+        found = compare_builds(
+            source,
+            Path(a),
+            Path(b),
+            windows,
+            engine=engine,
+            allow_other=allow_other,
+            execution=execution,
         )
+    parity = measure_parity(
+        source.assets,
+        {build.path: build.format for build in (found.a, found.b)},
+        native=engine == "native",
+        threads=execution.threads,
+    )
+    return replace(found, parity=parity)

@@ -151,6 +151,8 @@ def _convert(job: _Job, output: Path, *, force: bool) -> ConversionReport:
     started, source, execution = time.monotonic(), job.source, job.execution
     formats = job.target.formats
     windows, balanced = None, None
+    for line in source.notes:
+        execution.tell(f"note: {line}")
     if job.text is not None:
         windows, balanced = job.text.calibration_windows(source, execution)
     widths = settle(source, job.target, job.statistics, windows=windows, execution=execution)

@@ -9,6 +9,8 @@ from lfmq.validation.measure.compare import PairedReport
 from lfmq.validation.measure.figures import Estimates, Figure
 from lfmq.validation.measure.report import Report, columns_of
 from lfmq.validation.pages.numbers import format_figure
+from lfmq.validation.pages.rows import list_tokenizers, shown
+from lfmq.validation.parity.result import Parity
 
 
 def report_table(report: Report) -> Table:
@@ -30,7 +32,7 @@ def report_table(report: Report) -> Table:
         f"reference perplexity {report.reference_perplexity:.3f}"
     )
     columns = ("build", "engine", "bits/weight", *(figure.title for figure in figures))
-    return _table(title, columns, rows)
+    return Table(title, columns, tuple(rows), turns=True)
 
 
 def _measured(figure: Figure, found: Estimates) -> str:
@@ -42,6 +44,16 @@ def _measured(figure: Figure, found: Estimates) -> str:
     if not figure.stderr_of_windows or estimate.stderr is None or math.isnan(estimate.stderr):
         return text
     return f"{text} ± {format_figure(estimate.stderr, figure.kind)}"
+
+
+def parity_table(parity: Parity) -> Table | None:
+    """A row for each build and runtime; None where no runtime was asked."""
+    rows = [
+        (shown(r.name), r.runtime, r.tokens, r.chats, shown(r.difference))
+        for r in list_tokenizers(parity)
+    ]
+    columns = ("build", "runtime", "tokens", "chats", "first difference")
+    return _table("Tokenizers of the builds and the checkpoint's", columns, rows) if rows else None
 
 
 def differences_table(report: PairedReport) -> Table:

@@ -12,6 +12,7 @@ from lfmq.commands.options import (
     common_options,
     engine_choice,
     gate_options,
+    other_option,
     report_options,
     task_options,
     text_options,
@@ -42,15 +43,17 @@ THRESHOLD_MISSED = 3
 )
 @gate_options
 @report_options
+@other_option
 @common_options
 def validate(checkpoint: str, builds: tuple[Path, ...], common: Common, **options: Any) -> None:
     """Measure how close each build is to its checkpoint.
 
     Every build is read back and run on the same tokens as the checkpoint. The report compares
-    perplexity, KL divergence, the choice of experts, and answers to tasks. The exit status is 3
-    when a limit is missed. Without --text the sample's evaluation text is used.
+    perplexity, KL divergence, the choice of experts, and answers to tasks. The tokenizer of each
+    build in its runtime must make the checkpoint's tokens. The exit status is 3 when it does not
+    or a limit is missed. Without --text the sample's evaluation text is used.
     """
-    from lfmq.commands.tables import report_table
+    from lfmq.commands.tables import parity_table, report_table
     from lfmq.validation.pages.files import check_writable
     from lfmq.validation.tasks.run import generation_lines
 
@@ -61,7 +64,7 @@ def validate(checkpoint: str, builds: tuple[Path, ...], common: Common, **option
     if common.as_json:
         print_json(report.to_json())
     else:
-        print_tables(report_table(report))
+        print_tables(report_table(report), *filter(None, [parity_table(report.parity)]))
         for line in generation_lines((b.path, b.generation) for b in report.builds):
             click.echo(line)
         for failure in report.failures:

@@ -131,8 +131,21 @@ class Reader(Protocol):
     def config(self) -> ModelConfig:
         """The model's facts as the build's own metadata states them."""
 
-    def read(self, name: str) -> NDArray[np.float32]:
-        """The dequantized tensor, float32, in the checkpoint's shape."""
+    def check(self, model: Plan) -> None:
+        """Refuse a build that holds less, more or something else than its config implies.
+
+        Args:
+            model: the tensors of :attr:`config`; its storages are not looked at.
+
+        Raises:
+            ValidationError: the first tensor, key or node that is missing, unknown or another.
+        """
+
+    def is_float(self, name: str) -> bool:
+        """Whether a tensor is stored as floats, not as integers with scales."""
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
+        """The dequantized tensor or a run of its rows, float32, in the checkpoint's shape."""
 
 
 def as_bytes(array: NDArray[Any]) -> Bytes:

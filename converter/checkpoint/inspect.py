@@ -33,6 +33,7 @@ class Inspection:
     config: dict[str, Any]
     roles: tuple[RoleCount, ...]
     warnings: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def tensors(self) -> int:
@@ -59,6 +60,7 @@ class Inspection:
             "roles": [asdict(r) for r in self.roles],
             "warnings": list(self.warnings),
             "odd": list(self.warnings),  # the key's earlier name
+            "notes": list(self.notes),
         }
 
 
@@ -81,8 +83,9 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     title += (
         f"{g.num_experts} experts, {g.num_experts_per_tok} active" if g.moe_layers else "dense"
     )
+    warnings = tuple(_warnings(checkpoint))
     return Inspection(
-        checkpoint.assets.name, title, asdict(g), tuple(roles), tuple(_warnings(checkpoint))
+        checkpoint.assets.name, title, asdict(g), tuple(roles), warnings, checkpoint.notes
     )
 
 
@@ -103,6 +106,10 @@ def _warnings(checkpoint: Checkpoint) -> list[str]:
         found.append(
             f"the tokenizer has {checkpoint.vocabulary.size:,} tokens, the config's vocab_size "
             f"is {g.vocab_size:,}"
+        )
+    if not g.tie_word_embeddings:
+        found.append(
+            "the model has a head of its own: mlx cannot hold it, vLLM ties it to the embedding"
         )
     found += _template_warnings(checkpoint.assets)
     found += end_token_conflicts(checkpoint.assets, g)

@@ -27,6 +27,7 @@ from lfmq.formats.build import (
 from lfmq.formats.gguf.blocks import PACKERS, QUANT_TYPES, SCHEMES
 from lfmq.formats.gguf.metadata import TensorHeader, header_bytes, tokenizer_vocabulary
 from lfmq.formats.gguf.names import name_map, split_expert, tensor_name
+from lfmq.formats.gguf.pretokenizer import text_rules
 from lfmq.formats.gguf.reader import open_reader as open_reader
 from lfmq.formats.plan import Plan, Role, TensorPlan
 from lfmq.formats.schemes import check_scheme
@@ -92,6 +93,7 @@ def check(plan: Plan, assets: Assets) -> None:
             f"hidden_size {g.hidden_size}, which llama.cpp derives it from"
         )
     tokenizer_vocabulary(assets, g.vocab_size)
+    text_rules(assets, g.bos_token_id)
     for entry in plan.entries:
         check_scheme(entry, SCHEMES, NAME)
     for _ in _stacks(plan):

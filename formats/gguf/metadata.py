@@ -19,6 +19,7 @@ from lfmq.formats.build import Assets
 from lfmq.formats.gguf.chat_template import add_templates
 from lfmq.formats.gguf.general import add_authorship, add_sampling
 from lfmq.formats.gguf.names import ARCHITECTURES
+from lfmq.formats.gguf.pretokenizer import text_rules
 from lfmq.formats.gguf.special_vocabulary import add_special_vocabulary
 from lfmq.formats.gguf.user_metadata import add_metadata
 from lfmq.formats.huggingface.chat_template import chat_templates
@@ -127,10 +128,14 @@ def _add_experts(writer: GGUFWriter, g: ModelConfig) -> None:
 def _add_tokenizer(writer: GGUFWriter, g: ModelConfig, assets: Assets) -> None:
     tokens, types = tokenizer_vocabulary(assets, g.vocab_size)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("lfm2")
+    rules = text_rules(assets, g.bos_token_id)
+    writer.add_tokenizer_pre(rules.pre.name)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     add_special_vocabulary(writer, g, assets)
+    # said in any case: with its lfm2 pre-tokenizer llama.cpp begins a text with bos by default
+    writer.add_add_bos_token(rules.add_bos)
+    writer.add_add_eos_token(rules.add_eos)
     add_templates(writer, chat_templates(assets))
 
 
@@ -156,9 +161,9 @@ def tokenizer_vocabulary(assets: Assets, size: int) -> tuple[list[str], list[Tok
     types = [TokenType.UNUSED] * size
     found = [(token, i, TokenType.NORMAL) for token, i in tokenizer["model"]["vocab"].items()]
     for added in tokenizer.get("added_tokens", ()):
-        text = added["content"]
-        control = added["special"] or (text.startswith("<|") and text.endswith("|>"))
-        found.append((text, added["id"], TokenType.CONTROL if control else TokenType.USER_DEFINED))
+        # as the checkpoint says: text without special tokens has the others in it
+        kind = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+        found.append((added["content"], added["id"], kind))
     for token, i, kind in found:
         if not 0 <= i < size:
             raise UnsupportedError(

@@ -1,4 +1,4 @@
-"""The part of a GGUF's tokenizer beside its tokens: merges, special tokens, what starts a text.
+"""The part of a GGUF's tokenizer beside its tokens: merges and special tokens.
 
 As gguf-py's ``SpecialVocab`` (0.19), from the checkpoint's parsed files instead of its folder,
 and with the end tokens that generation stops at.
@@ -75,16 +75,10 @@ def end_keys(assets: Assets, config: ModelConfig) -> dict[str, int]:
 
 
 def add_special_vocabulary(writer: GGUFWriter, config: ModelConfig, assets: Assets) -> None:
-    """Merges, the ids of special tokens, and whether a text starts and ends with one."""
+    """Merges and the ids of special tokens."""
     writer.add_token_merges(merges(assets))
     for kind, token in _special_ids(assets, config).items():
         getattr(writer, f"add_{kind}_token_id")(token)
-    if (
-        config.bos_token_id is not None
-    ):  # llama.cpp's lfm2 pre-tokenizer starts every text with bos
-        writer.add_add_bos_token(True)
-    if _appends_end(assets):
-        writer.add_add_eos_token(True)
 
 
 def _special_ids(assets: Assets, config: ModelConfig) -> dict[str, int]:
@@ -105,17 +99,3 @@ def _special_ids(assets: Assets, config: ModelConfig) -> dict[str, int]:
         and not isinstance(token, bool)
         and 0 <= token < config.vocab_size
     }
-
-
-def _appends_end(assets: Assets) -> bool:
-    """Whether the tokenizer ends every text with its end token (a ``TemplateProcessing``)."""
-    processor = json.loads(without_mark(assets.files["tokenizer.json"])).get("post_processor")
-    listed = processor.get("processors", [processor]) if isinstance(processor, dict) else []
-    end = special_tokens(assets).get("eos_token")
-    for each in listed if isinstance(listed, list) else []:
-        single = each.get("single") if isinstance(each, dict) else None
-        last = single[-1] if isinstance(single, list) and len(single) > 1 else None
-        token = last.get("SpecialToken") if isinstance(last, dict) else None
-        if isinstance(token, dict) and end is not None and token.get("id") == end:
-            return True
-    return False

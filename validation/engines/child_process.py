@@ -6,6 +6,8 @@ child maps them, runs the engine and writes a frame for each window to a pipe th
 stdout nor stderr, which libraries print to: the one goes nowhere, the other to a file, whose last
 line explains a crash. What the child leaves in its folder for temporary files goes with ours.
 
+A runtime's tokenizer is asked in the same way, once, with texts and ids in the order itself.
+
 A frame is ``_HEAD`` (a magic word, the length of the text), the text (JSON) and the bytes of the
 arrays that the text lists. The first frame of a child has the engine's version, the last says
 that it is the last one.
@@ -21,6 +23,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -28,7 +31,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfmq.quant.errors import LfmqError, ValidationError
-from lfmq.validation.engines.protocol import EngineRequest, NativeEngine, RouterInputs, WindowRun
+from lfmq.validation.engines.protocol import (
+    EngineRequest,
+    NativeEngine,
+    RouterInputs,
+    TokenizerEngine,
+    TokenizerRequest,
+    TokenizerRun,
+    WindowRun,
+)
 
 # The module of each format's own runtime.
 NATIVE = {
@@ -43,6 +54,11 @@ _MAGIC = b"lfmq"
 _ORDER = "order.json"
 
 _Frame = tuple[dict[str, Any], dict[str, NDArray[Any]]]
+_Request = EngineRequest | TokenizerRequest | None
+
+
+class UnavailableError(ValidationError):
+    """A runtime is not installed, or not in the version that lfmq knows."""
 
 
 def run_native(
@@ -61,7 +77,7 @@ def run_native(
         ValidationError: the runtime is not installed, is another version than the one lfmq knows,
             cannot load the build, crashed, or answered something else than was asked.
     """
-    with closing(_frames(format, request)) as frames:
+    with closing(_frames(NATIVE[format], request)) as frames:
         next(frames)
         for text, arrays in frames:
             yield _window(text, arrays, request)
@@ -75,9 +91,26 @@ def native_version(format: str) -> str:
     Raises:
         ValidationError: it is not installed, or not the version lfmq knows.
     """
-    with closing(_frames(format, None)) as frames:
+    with closing(_frames(NATIVE[format], None)) as frames:
         text, _ = next(frames)
         return str(text["version"])
+
+
+def run_tokenizer(request: TokenizerRequest, module: str) -> tuple[str, TokenizerRun]:
+    """Ask a runtime's tokenizer; its name and version, and what it answered.
+
+    Args:
+        request: the build, and what is asked.
+        module: of the runtime's tokenizer, a :class:`TokenizerEngine`.
+
+    Raises:
+        UnavailableError: the runtime is not installed, or is another version than lfmq knows.
+        ValidationError: it cannot load the build's tokenizer, or failed.
+    """
+    with closing(_frames(module, request)) as frames:
+        version, _ = next(frames)
+        ((text, _),) = frames
+        return str(version["version"]), TokenizerRun(**text)
 
 
 def load_engine(module: str) -> NativeEngine:
@@ -88,12 +121,12 @@ def load_engine(module: str) -> NativeEngine:
 # ---- parent
 
 
-def _frames(format: str, request: EngineRequest | None) -> Generator[_Frame]:
-    """The child's frames but the last, checked to be as many as there are windows."""
-    engine = load_engine(NATIVE[format])
+def _frames(module: str, request: _Request) -> Generator[_Frame]:
+    """The child's frames but the last, checked to be as many as were asked for."""
+    engine = load_engine(module)
     with tempfile.TemporaryDirectory(prefix="lfmq-") as name:
         folder = Path(name)
-        _write_order(folder, NATIVE[format], request)
+        _write_order(folder, module, request)
         read_end, write_end = os.pipe()
         with open(read_end, "rb") as stream, open(folder / "log", "wb") as log:
             command = [
@@ -116,7 +149,7 @@ def _frames(format: str, request: EngineRequest | None) -> Generator[_Frame]:
             finally:
                 os.close(write_end)
             try:
-                yield from _answers(stream, engine, 0 if request is None else len(request.ids))
+                yield from _answers(stream, engine, _count(request))
             except _Broken as error:
                 what = str(error) or _death(child, folder / "log")
                 raise ValidationError(_advice(engine, request, what)) from None
@@ -129,13 +162,23 @@ class _Broken(Exception):
     """The child's answer is not one, or ended early; then without a message."""
 
 
-def _answers(stream: BinaryIO, engine: NativeEngine, windows: int) -> Iterator[_Frame]:
+def _count(request: _Request) -> int:
+    """How many frames answer it, beside the first and the last."""
+    if isinstance(request, TokenizerRequest):
+        return 1
+    return 0 if request is None else len(request.ids)
+
+
+def _answers(
+    stream: BinaryIO, engine: NativeEngine | TokenizerEngine, windows: int
+) -> Iterator[_Frame]:
     for count in range(windows + 2):
         text, arrays = _receive(stream)
         if "error" in text:
-            raise ValidationError(" ".join(text["error"].split()))
+            kind = ValidationError if count else UnavailableError
+            raise kind(" ".join(text["error"].split()))
         if "absent" in text:
-            raise ValidationError(
+            raise UnavailableError(
                 f"{engine.NAME} is not installed ({text['absent']}): {_install(engine)}"
             )
         if ("end" in text) != (count == windows + 1):
@@ -154,15 +197,17 @@ def _death(child: subprocess.Popen[bytes], log: Path) -> str:
     return f"{how}{hint}; {last}"
 
 
-def _advice(engine: NativeEngine, request: EngineRequest | None, what: str) -> str:
+def _advice(engine: NativeEngine | TokenizerEngine, request: _Request, what: str) -> str:
     where = engine.NAME if request is None else f"{request.path}: {engine.NAME}"
+    if isinstance(request, TokenizerRequest):
+        return f"{where}'s tokenizer failed ({what}); convert the checkpoint again"
     return (
         f"{where} failed ({what}); install the version that lfmq is tested with "
         f"({_install(engine)}), or validate with --engine read"
     )
 
 
-def _install(engine: NativeEngine) -> str:
+def _install(engine: NativeEngine | TokenizerEngine) -> str:
     return f"pip install 'lfmq[{engine.EXTRA}]'" if engine.EXTRA else "pip install lfmq"
 
 
@@ -185,9 +230,11 @@ def _window(
     return WindowRun(logits, selected)
 
 
-def _write_order(folder: Path, module: str, request: EngineRequest | None) -> None:
+def _write_order(folder: Path, module: str, request: _Request) -> None:
     order: dict[str, Any] = {"module": module}
-    if request is not None:
+    if isinstance(request, TokenizerRequest):
+        order["tokenizer"] = asdict(request) | {"path": str(request.path.absolute())}
+    elif request is not None:
         order |= {
             "path": str(request.path.absolute()),
             "scored": [request.scored.start, request.scored.stop, request.scored.step],
@@ -255,7 +302,10 @@ def main(folder: Path, pipe: int) -> None:
     with open(pipe, "wb") as stream:
         try:
             _send(stream, {"version": engine.version()}, {})
-            if "path" in order:
+            if "tokenizer" in order:
+                count = _tokenize(cast(TokenizerEngine, engine), order["tokenizer"], stream)
+                _send(stream, {"end": count}, {})
+            elif "path" in order:
                 count = _run(engine, _read_order(folder, order), stream)
                 _send(stream, {"end": count}, {})
         except LfmqError as error:
@@ -273,6 +323,17 @@ def _run(engine: NativeEngine, request: EngineRequest, stream: BinaryIO) -> int:
         _send(stream, {}, arrays)
         count += 1
     return count
+
+
+def _tokenize(engine: TokenizerEngine, asked: dict[str, Any], stream: BinaryIO) -> int:
+    request = TokenizerRequest(
+        path=Path(asked["path"]),
+        texts=tuple(asked["texts"]),
+        sequences=tuple(map(tuple, asked["sequences"])),
+        chats=tuple(asked["chats"]),
+    )
+    _send(stream, asdict(engine.tokenize(request)), {})
+    return 1
 
 
 def _read_order(folder: Path, order: dict[str, Any]) -> EngineRequest:

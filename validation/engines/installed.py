@@ -5,7 +5,7 @@ known to be wrong fails in silence, which is why it has to be said.
 """
 
 import os
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion
 
 from lfmq.formats.build import Assets
+from lfmq.formats.gguf.pretokenizer import USUAL, text_rules
 from lfmq.formats.huggingface.safetensors_file import read_header
 from lfmq.formats.onnx.reader import MODEL_FILE
 from lfmq.formats.plan import Plan
@@ -81,12 +82,24 @@ def plan_warnings(
 ) -> tuple[str, ...]:
     """Lines for a conversion: installed runtimes that would run its builds wrongly."""
     installed = installed_versions() if installed is None else installed
-    concerns = plan_concerns(plan)
+    concerns, formats = plan_concerns(plan), tuple(formats)
     lines = [
         f"{name}: {line}" for name in formats for line in warnings_for(name, concerns, installed)
     ]
+    if "gguf" in formats:
+        lines += _other_pre_tokenizer(plan, assets)
     stale = from_before_the_update(assets)
     return tuple([*lines, stale] if stale else lines)
+
+
+def _other_pre_tokenizer(plan: Plan, assets: Assets) -> Iterator[str]:
+    """A line where a GGUF does not split text as LFM2 does, because the checkpoint does not."""
+    pre = text_rules(assets, plan.config.bos_token_id).pre
+    if pre is not USUAL:
+        yield (
+            f"gguf: the checkpoint does not split text as LFM2 does; the GGUF says "
+            f"tokenizer.ggml.pre = {pre.name}, which splits it as the checkpoint does"
+        )
 
 
 def build_warnings(path: Path, format: str, assets: Assets) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ from lfmq.validation.engines.llama_cpp_abi import (
     Pointer,
     Tensor,
     default_context_params,
+    default_model_params,
     load_library,
     unlike,
 )
@@ -92,7 +93,7 @@ class _Decoder:
         self._log = LogCallback(self._note)
         library.llama_log_set(self._log, None)
         library.llama_backend_init()
-        params = library.llama_model_default_params()
+        params = default_model_params(library)
         no_device = Pointer()
         params.devices = ctypes.addressof(no_device)  # the empty list: CPU alone
         self._model = library.llama_model_load_from_file(os.fsencode(path), params)

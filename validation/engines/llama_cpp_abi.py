@@ -24,10 +24,29 @@ LogCallback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, Pointer)
 _REST = ctypes.c_uint32 * 200
 
 
-class ModelParams(ctypes.Structure):
-    """llama_model_params up to what is set here."""
+# llama_model_params up to what is set or checked here: fields and the release's defaults.
+_MODEL: tuple[tuple[str, Any, float], ...] = (
+    ("devices", Pointer, 0),
+    ("tensor_buft_overrides", Pointer, 0),
+    ("n_gpu_layers", ctypes.c_int32, -1),
+    ("split_mode", ctypes.c_int32, 1),
+    ("load_mode", ctypes.c_int32, -1),
+    ("lazy_mode", ctypes.c_int32, 1),
+    ("main_gpu", ctypes.c_int32, 0),
+    ("tensor_split", Pointer, 0),
+    ("progress_callback", Pointer, 0),
+    ("progress_callback_user_data", Pointer, 0),
+    ("kv_overrides", Pointer, 0),
+    ("vocab_only", ctypes.c_bool, False),
+    ("check_tensors", ctypes.c_bool, False),
+    ("use_extra_bufts", ctypes.c_bool, True),
+)
 
-    _fields_ = [("devices", Pointer), ("overrides", Pointer), ("rest", _REST)]
+
+class ModelParams(ctypes.Structure):
+    """llama_model_params."""
+
+    _fields_ = [*((name, kind) for name, kind, _ in _MODEL), ("rest", _REST)]
 
 
 # llama_context_params up to the types of the cache: fields and the release's defaults.
@@ -120,6 +139,17 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_n_ctx": (ctypes.c_uint32, [Pointer]),
     "llama_n_ubatch": (ctypes.c_uint32, [Pointer]),
     "llama_set_n_threads": (None, [Pointer, ctypes.c_int32, ctypes.c_int32]),
+    "llama_token_to_piece": (
+        ctypes.c_int32,
+        [Pointer, ctypes.c_int32, Pointer, ctypes.c_int32, ctypes.c_int32, ctypes.c_bool],
+    ),
+    "llama_tokenize": (
+        ctypes.c_int32,
+        [
+            *(Pointer, ctypes.c_char_p, ctypes.c_int32, Pointer, ctypes.c_int32),
+            *(ctypes.c_bool, ctypes.c_bool),
+        ],
+    ),
     "llama_version": (ctypes.c_char_p, []),
     "llama_vocab_n_tokens": (ctypes.c_int32, [Pointer]),
 }
@@ -154,6 +184,18 @@ def unlike(what: str) -> ValidationError:
         f"llama.cpp's {what} is not what lfmq knows of xllamacpp {RELEASE}; install it again: "
         f"pip install --force-reinstall 'xllamacpp=={RELEASE}'"
     )
+
+
+def default_model_params(library: ctypes.CDLL) -> ModelParams:
+    """The library's defaults, after checking that they are where the release has them.
+
+    Raises:
+        ValidationError: they are not.
+    """
+    params: ModelParams = library.llama_model_default_params()
+    if any((getattr(params, name) or 0) != default for name, _, default in _MODEL):
+        raise unlike("llama_model_params")
+    return params
 
 
 def default_context_params(library: ctypes.CDLL) -> ContextParams:

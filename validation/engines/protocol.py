@@ -7,7 +7,7 @@ a token.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +48,59 @@ class WindowRun:
 
     logits: NDArray[np.float32] | None
     selected: Mapping[int, NDArray[np.int64]]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerRequest:
+    """What a runtime's tokenizer is asked.
+
+    Attributes:
+        path: the build.
+        texts: to be made tokens.
+        sequences: token ids, to be made text.
+        chats: to be rendered by the build's template: the arguments ``messages``, ``tools`` and
+            ``add_generation_prompt``.
+    """
+
+    path: Path
+    texts: tuple[str, ...]
+    sequences: tuple[tuple[int, ...], ...]
+    chats: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerRun:
+    """What a runtime's tokenizer answered; None for what the runtime does not do.
+
+    Attributes:
+        ids: of each text alone; tokens that are written out in it are read as such.
+        framed: of each text with what the tokenizer puts around it.
+        kept: each sequence as text, special tokens written out.
+        skipped: each sequence as text without its special tokens.
+        rendered: each chat.
+    """
+
+    ids: list[list[int]]
+    framed: list[list[int]] | None
+    kept: list[str]
+    skipped: list[str]
+    rendered: list[str] | None = None
+
+
+class TokenizerEngine(Protocol):
+    """What a module with a runtime's tokenizer offers; it is used in a process of its own.
+
+    ``NAME`` is the runtime's, ``EXTRA`` the extra of the package that installs it.
+    """
+
+    NAME: str
+    EXTRA: str
+
+    def version(self) -> str:
+        """The installed runtime's name and version; ImportError without it."""
+
+    def tokenize(self, request: TokenizerRequest) -> TokenizerRun:
+        """Answer the request."""
 
 
 class NativeEngine(Protocol):

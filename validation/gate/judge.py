@@ -17,6 +17,7 @@ from lfmq.validation.gate.thresholds import (
 )
 from lfmq.validation.measure.figures import FIGURES, KLD, ROUTING, Figure, Kind
 from lfmq.validation.measure.report import BuildReport, Failure, NoiseFloor, Report, value_in
+from lfmq.validation.parity.result import RuntimeParity
 
 _Rows = list[BuildReport]
 
@@ -55,7 +56,8 @@ def judge(report: Report, thresholds: Thresholds) -> tuple[Failure, ...]:
     """The limits that each build of a report misses, in the order of the builds.
 
     A figure that is not a number misses its limit, and so does one that no engine measured.
-    Metadata that differs from the checkpoint's is a miss without any limit.
+    Metadata, tokens or rendered chats that differ from the checkpoint's are a miss without any
+    limit.
 
     Args:
         report: of :func:`lfmq.validation.measure.validate.validate`.
@@ -78,7 +80,22 @@ def judge(report: Report, thresholds: Thresholds) -> tuple[Failure, ...]:
             *_generation(row, same_build, thresholds),
             *_against_baseline(row, thresholds),
         ]
+    for found in report.parity.by_runtime():
+        failures += _parity(found)
     return tuple(failures)
+
+
+def _parity(row: RuntimeParity) -> Iterator[Failure]:
+    at = row.path, row.runtime
+    if row.different:
+        first, *more = row.different
+        why = f"{first.group}: {first.first_difference}"
+        if more:
+            why += f"; also in {', '.join(found.group for found in more)}"
+        yield Failure(*at, "parity.tokenizer", None, None, why, "tokenizer", None)
+    if row.template is not None and not row.template.equal:
+        why = row.template.first_difference or ""
+        yield Failure(*at, "parity.template", None, None, why, "chat template", None)
 
 
 def _of(row: BuildReport, figure: Figure) -> _Held:

@@ -17,6 +17,7 @@ from lfmq.validation.measure.report import Conditions, without_nan
 from lfmq.validation.measure.runs import Comparison, run_reference
 from lfmq.validation.measure.significance import Interval, bootstrap, mcnemar
 from lfmq.validation.measure.validate import conditions_of
+from lfmq.validation.parity.result import NOT_COMPARED, Parity
 
 Better = Literal["a", "b"]
 
@@ -91,6 +92,7 @@ class PairedReport:
     b: EngineBuild
     figures: tuple[Difference, ...]
     top1: TopTokens
+    parity: Parity = NOT_COMPARED
 
     def to_json(self) -> dict[str, Any]:
         """For ``lfmq compare --json``."""
@@ -102,6 +104,7 @@ class PairedReport:
             "b": self.b.to_json(),
             "figures": [figure.to_json() for figure in self.figures],
             "top1": asdict(self.top1),
+            "parity": self.parity.to_json(),
         }
         return {key: without_nan(value) for key, value in document.items()}
 
@@ -113,6 +116,7 @@ def compare(
     windows: Windows,
     *,
     engine: Engine = "read",
+    allow_other: bool = False,
     execution: Execution = Execution(),
 ) -> PairedReport:
     """Run two builds on the same tokens; what differs, and whether that is more than chance.
@@ -123,6 +127,7 @@ def compare(
         second: build b.
         windows: the tokens.
         engine: what runs both.
+        allow_other: compare builds of other checkpoints too; the report names them.
         execution: threads of a native runtime, the device of the reference forward, and whom to
             tell of layers and windows.
 
@@ -131,7 +136,7 @@ def compare(
     """
     threads, device = execution.threads, execution.device
     report = execution.counter("comparing", "step")
-    builds = open_builds((first, second), (engine,), checkpoint)
+    builds = open_builds((first, second), (engine,), checkpoint, allow_other=allow_other)
     layers = checkpoint.config.num_hidden_layers
     each = len(windows.ids) if engine == "native" else layers
 

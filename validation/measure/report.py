@@ -17,6 +17,7 @@ from lfmq.validation.measure.figures import (
 from lfmq.validation.measure.generation import GenerationFigures
 from lfmq.validation.measure.metadata import Fact
 from lfmq.validation.measure.routing import RoutingAgreement
+from lfmq.validation.parity.result import NOT_COMPARED, Parity
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +109,7 @@ class BuildReport:
         attribution: by layer and expert, if it was asked for.
         generation: what generation checks found by mode, if they ran.
         warnings: known faults of the engine.
+        other: why it is not a build of the checkpoint, where that was allowed; else empty.
     """
 
     path: str
@@ -125,6 +127,7 @@ class BuildReport:
     attribution: Attribution | None = None
     generation: Mapping[str, GenerationFigures] | None = None
     warnings: tuple[str, ...] = ()
+    other: str = ""
 
     def value(self, figure: Figure) -> float | None:
         """A figure over all positions; None if it was not measured or is not a number."""
@@ -139,6 +142,7 @@ class BuildReport:
             "engine_version": self.engine_version,
             "bytes": self.nbytes,
             "bits_per_weight": self.bits_per_weight,
+            "other_checkpoint": self.other or None,
         }
         if self.routing is not None:  # null, not absent, for an engine that does not measure it
             _put(document, LOCAL_ROUTING.key, None)
@@ -174,7 +178,7 @@ class Failure:
         limit: what it was held to.
         why: what the limit is, in words.
         title: the figure's name, its domain or mode included.
-        kind: how the figure is written; None for metadata.
+        kind: how the figure is written; None for metadata, tokenizers and templates.
     """
 
     path: str
@@ -187,6 +191,8 @@ class Failure:
     kind: Kind | None
 
     def __str__(self) -> str:
+        if self.kind is None:
+            return f"{self.path} ({self.engine}): {self.title} is not the checkpoint's: {self.why}"
         found = "not measured" if self.found is None else f"{self.found:.6g}"
         limit = "" if self.limit is None else f", limit {self.limit:.6g}"
         return f"{self.path} ({self.engine}): {self.title} is {found}{limit}: {self.why}"
@@ -258,6 +264,7 @@ class Report:
     noise_floor: NoiseFloor
     builds: tuple[BuildReport, ...]
     failures: tuple[Failure, ...] = ()
+    parity: Parity = NOT_COMPARED
 
     @property
     def passed(self) -> bool:
@@ -276,6 +283,7 @@ class Report:
             "builds": [build.to_json() for build in self.builds],
             "passed": self.passed,
             "failures": [failure.to_json() for failure in self.failures],
+            "parity": self.parity.to_json(),
         }
         return {key: without_nan(value) for key, value in document.items()}
 

@@ -6,7 +6,15 @@ from typing import Any
 from lfmq.validation.measure.figures import Figure
 from lfmq.validation.measure.report import Report, columns_of
 from lfmq.validation.pages.numbers import format_figure
-from lfmq.validation.pages.rows import Miss, Row, list_misses, list_rows, list_warnings, shown
+from lfmq.validation.pages.rows import (
+    Miss,
+    Row,
+    list_misses,
+    list_rows,
+    list_tokenizers,
+    list_warnings,
+    shown,
+)
 
 # What Markdown or HTML would take for its own.
 _SPECIAL = re.compile(r"([\\`*_\[\]<>#|~&])")
@@ -21,12 +29,24 @@ def render_markdown(report: Report) -> str:
     floor = (format_figure(report.noise_floor.value(f), f.kind) for f in figures)
     name = "noise floor: the reference in 16-bit arithmetic"
     lines.append(_line((name, "", "", *floor)))
+    lines += _tokenizers(report)
     lines += ["", _conditions(report), "", _verdict(report)]
     warned = list_warnings(rows)
     if warned:
         lines += ["", "Known faults:", ""]
         lines += [f"- {_plain(name)}: {_plain(line)}" for name, line in warned]
     return "\n".join(lines) + "\n"
+
+
+def _tokenizers(report: Report) -> list[str]:
+    """A table of the builds' tokenizers in their runtimes; empty where none was asked."""
+    rows = list_tokenizers(report.parity)
+    if not rows:
+        return []
+    header = ("build", "runtime", "tokens", "chats", "first difference")
+    cells = ((r.name, r.runtime, r.tokens, r.chats, r.difference) for r in rows)
+    lines = ["", _line(header), _line(("---",) * len(header))]
+    return lines + [_line(tuple(map(_plain, row))) for row in cells]
 
 
 def _line(cells: tuple[str, ...]) -> str:

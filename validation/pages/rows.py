@@ -7,6 +7,7 @@ from typing import Any
 
 from lfmq.validation.measure.figures import Estimates, Figure, Kind
 from lfmq.validation.measure.report import BuildReport, Failure, Report
+from lfmq.validation.parity.result import Parity
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +124,46 @@ def list_rows(report: Report) -> tuple[Row, ...]:
         rows.append(Row(unique, name, f"/builds/{index}", build, missed))
     order = list(dict.fromkeys(b.path for b in builds))
     return tuple(sorted(rows, key=lambda row: order.index(row.report.path)))
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerRow:
+    """A build's tokenizer in a runtime, in words.
+
+    Attributes:
+        name: of the build's file or folder.
+        runtime: its name.
+        tokens: whether they are the checkpoint's.
+        chats: whether rendered chats are the checkpoint's.
+        difference: the first one, or why nothing was compared; empty where all is equal.
+        missed: something differs.
+    """
+
+    name: str
+    runtime: str
+    tokens: str
+    chats: str
+    difference: str
+    missed: bool
+
+
+def list_tokenizers(parity: Parity) -> list[TokenizerRow]:
+    """The runtimes of all builds, those that could not be asked last."""
+    rows = [
+        TokenizerRow(
+            _name_of(found.path),
+            found.runtime,
+            found.tokenizer,
+            found.chats,
+            found.first_difference,
+            bool(found.first_difference),
+        )
+        for found in parity.by_runtime()
+    ]
+    return rows + [
+        TokenizerRow(_name_of(found.path), found.runtime, "not compared", "", found.why, False)
+        for found in parity.not_measured
+    ]
 
 
 def list_warnings(rows: Iterable[Row]) -> list[tuple[str, str]]:

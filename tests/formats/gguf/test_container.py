@@ -179,7 +179,7 @@ def test_metadata(
     assert value("tokenizer.ggml.pre") == "lfm2"
     assert value("tokenizer.ggml.bos_token_id") == 1
     assert value("tokenizer.ggml.eos_token_id") == 4
-    assert value("tokenizer.ggml.add_bos_token") is True
+    assert value("tokenizer.ggml.add_bos_token") is False
     assert value("tokenizer.chat_template") == assets.files["chat_template.jinja"].decode()
     tokens = value("tokenizer.ggml.tokens")
     assert len(tokens) == config.vocab_size
