@@ -13,13 +13,14 @@ import pytest
 from lfmq.converter.checkpoint.checkpoint import open_checkpoint
 from lfmq.formats.build import Assets
 from lfmq.formats.plan import Plan
-from lfmq.tests.conftest import ROOT
 from lfmq.tests.formats.gguf.test_pretokenizer import write_header
 from lfmq.validation.engines import mlx_tokenizer, transformers_tokenizer
 from lfmq.validation.engines.protocol import TokenizerRun
 from lfmq.validation.parity.probes import make_probe
 from lfmq.validation.parity.result import Parity
 from lfmq.validation.parity.run import measure_parity
+
+BENCHMARK = Path(__file__).resolve().parents[3] / "benchmarks" / "tokenizer_parity.py"
 
 # All that genai wants to know of a model whose tokenizer alone it opens.
 GENAI = b'{"model": {"type": "lfm2", "vocab_size": 8256, "decoder": {}}}'
@@ -115,7 +116,7 @@ def test_many_added_tokens(
     changed: Callable[[Change], Assets], make_plan: Callable[..., Plan], tmp_path: Path
 ) -> None:
     """64 more, special and not, in the tokenizer files of a folder and in a GGUF of zeros."""
-    added = runpy.run_path(str(ROOT / "benchmarks" / "tokenizer_parity.py"))["added_tokens"](8192)
+    added = runpy.run_path(str(BENCHMARK))["added_tokens"](8192)
     assert len(added) == 64
     assets = changed(lambda tokenizer: tokenizer["added_tokens"].extend(added))
     folder = tmp_path / "folder"
