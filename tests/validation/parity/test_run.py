@@ -13,7 +13,6 @@ import pytest
 from lfmq.converter.checkpoint.checkpoint import open_checkpoint
 from lfmq.formats.build import Assets
 from lfmq.formats.plan import Plan
-from lfmq.tests.conftest import ROOT
 from lfmq.tests.formats.gguf.test_pretokenizer import write_header
 from lfmq.validation.engines import mlx_tokenizer, transformers_tokenizer
 from lfmq.validation.engines.protocol import TokenizerRun
@@ -21,8 +20,9 @@ from lfmq.validation.parity.probes import make_probe
 from lfmq.validation.parity.result import Parity
 from lfmq.validation.parity.run import measure_parity
 
+ROOT = Path(__file__).resolve().parents[3]
 # All that genai wants to know of a model whose tokenizer alone it opens.
-GENAI = b'{"model": {"type": "lfm2", "vocab_size": 8256, "decoder": {}}}'
+GENAI = b'{"model": {"type": "lfm2", "context_length": 256, "decoder": {}}}'
 Build = Callable[[str, str], Path]
 Change = Callable[[dict[str, Any]], None]
 
@@ -193,7 +193,7 @@ def test_a_runtime_that_is_not_installed(
 ) -> None:
     """The child does not find it either."""
     (tmp_path / "onnxruntime_genai.py").write_text("raise ImportError('no genai here')")
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).resolve().parents[4]}")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT.parent}")
     path = convert_sample("int4", "onnx")
     found = measure_parity(assets, {path: "onnx"}, native=False)
     (missing,) = found.not_measured
