@@ -23,6 +23,7 @@ def compare(
     tokens: int = TOKENS,
     sequence: int = SEQUENCE,
     engine: Engine = "read",
+    allow_other: bool = False,
     execution: Execution = Execution(),
 ) -> PairedReport:
     """Run two builds of one checkpoint on the same tokens and compare them figure by figure.
@@ -36,6 +37,7 @@ def compare(
         sequence: tokens in a window; the second half of each window is scored.
         engine: ``read`` runs the files' weights in the reference forward, ``native`` the files in
             their own runtime.
+        allow_other: compare builds of other checkpoints too; the report names them.
         execution: threads, device, and whom to tell of progress.
 
     Returns:
@@ -50,7 +52,13 @@ def compare(
     with torch_threads(execution.threads):
         windows = chosen.evaluation_windows(source, execution)
         found = compare_builds(
-            source, Path(a), Path(b), windows, engine=engine, execution=execution
+            source,
+            Path(a),
+            Path(b),
+            windows,
+            engine=engine,
+            allow_other=allow_other,
+            execution=execution,
         )
     parity = measure_parity(
         source.assets,

@@ -1,12 +1,14 @@
 """Builds from a checkpoint, with the text, the statistics and the widths that go with them."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from lfmq.api.checkpoint import Source, opened
+from lfmq.api.labels import Labels
 from lfmq.api.target import FormatNames, RecipeSource, Target, known_statistics, settle
 from lfmq.api.text import SEQUENCE, TOKENS, Paths, Text, paths_of
 from lfmq.converter.checkpoint.checkpoint import Checkpoint
@@ -21,6 +23,8 @@ from lfmq.converter.run.convert import convert as write_builds
 from lfmq.converter.run.planned import plan_layouts
 from lfmq.converter.statistics.balance import Balanced
 from lfmq.converter.statistics.statistics import Statistics
+from lfmq.formats.build import MetadataValue
+from lfmq.formats.huggingface.front_matter import card_warnings
 from lfmq.quant.errors import UsageError
 from lfmq.validation.engines.installed import plan_warnings
 
@@ -79,6 +83,8 @@ def convert(
     sequence: int = SEQUENCE,
     balance: int | None = None,
     uncalibrated: bool = False,
+    name: str | None = None,
+    metadata: Mapping[str, MetadataValue] | None = None,
     force: bool = False,
     execution: Execution = Execution(),
 ) -> ConversionReport:
@@ -101,6 +107,8 @@ def convert(
         sequence: tokens in a window.
         balance: choose the windows among this many tokens of the text.
         uncalibrated: round to nearest, without any text.
+        name: of the builds and of the model in them; default: the checkpoint's.
+        metadata: key-values that a GGUF gets beside or in place of those of the card.
         force: replace builds that exist.
         execution: threads or cluster, device, memory, and whom to tell of progress and warnings.
 
@@ -113,7 +121,9 @@ def convert(
     chosen = Text(paths_of(text), tokens, sequence, balance)
     if uncalibrated and (chosen.paths or statistics is not None):
         raise UsageError("--uncalibrated excludes --text and --statistics")
+    labels = Labels(name, metadata or {}).checked(target.formats)
     source, known = _inputs(checkpoint, statistics)
+    source = labels.applied(source)
     calibrates = bool(chosen.paths) or not (uncalibrated or known)
     job = _Job(source, target, chosen if calibrates else None, known, execution)
     return _convert(job, Path(output), force=force)
@@ -141,11 +151,14 @@ def _convert(job: _Job, output: Path, *, force: bool) -> ConversionReport:
     started, source, execution = time.monotonic(), job.source, job.execution
     formats = job.target.formats
     windows, balanced = None, None
+    for line in source.notes:
+        execution.tell(f"note: {line}")
     if job.text is not None:
         windows, balanced = job.text.calibration_windows(source, execution)
     widths = settle(source, job.target, job.statistics, windows=windows, execution=execution)
     plan_layouts(source, widths.plan, formats)  # refuses before the user is warned
-    for line in plan_warnings(widths.plan, formats, source.assets):
+    warnings = plan_warnings(widths.plan, formats, source.assets)
+    for line in [*warnings, *card_warnings(source.assets)]:
         execution.tell(f"warning: {line}")
     made = write_builds(
         source,

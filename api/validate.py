@@ -53,6 +53,7 @@ def validate(
     task_runs: int = 1,
     new_tokens: int = 256,
     by_layer: bool = False,
+    allow_other: bool = False,
     thresholds: str | PathLike[str] | None = None,
     html: str | PathLike[str] | None = None,
     markdown: str | PathLike[str] | None = None,
@@ -74,6 +75,7 @@ def validate(
         task_runs: sampled answers to each task.
         new_tokens: most tokens of an answer.
         by_layer: also attribute the divergence to layers and experts.
+        allow_other: measure builds of other checkpoints too; the report names them.
         thresholds: TOML file of limits.
         html: also write the report as one page there.
         markdown: also write the table for a model card there.
@@ -92,7 +94,8 @@ def validate(
     chosen = Text(paths_of(text), tokens, sequence)
     asked = None if tasks is None else Tasks(Path(tasks), task_count, task_runs, new_tokens)
     gate = Thresholds() if thresholds is None else load_thresholds(Path(thresholds))
-    job = _Job(opened(checkpoint), paths_of(builds), chosen, gate.with_limits(**limits), execution)
+    gate = gate.with_limits(**limits)
+    job = _Job(opened(checkpoint), paths_of(builds), chosen, gate, execution, allow_other)
     report = _measure(job, engines_of(engine), asked, by_layer=by_layer)
     if page is not None:
         write_report(page, render_page(report))
@@ -115,6 +118,7 @@ class _Job:
     text: Text
     thresholds: Thresholds
     execution: Execution
+    allow_other: bool
 
 
 def _measure(
@@ -133,6 +137,7 @@ def _measure(
             windows,
             engines=engines,
             by_layer=by_layer,
+            allow_other=job.allow_other,
             execution=job.execution,
         )
         parity = measure_parity(
@@ -160,7 +165,9 @@ def _generate(job: _Job, tasks: Tasks) -> dict[Path, Generation]:
         new_tokens=tasks.new_tokens,
         runs=tasks.runs,
     )
-    return check_builds(job.source, job.builds, checks, execution=job.execution)
+    return check_builds(
+        job.source, job.builds, checks, allow_other=job.allow_other, execution=job.execution
+    )
 
 
 def _with_warnings(report: Report, source: Checkpoint) -> Report:

@@ -3,11 +3,11 @@
 from os import PathLike
 from pathlib import Path
 
-from lfmq.converter.run.manifest import verify_build
+from lfmq.converter.run.verify import verify_build
 
 
 def verify(build: str | PathLike[str]) -> Path:
-    """Check that a build holds the bytes that the manifest beside it names.
+    """Check that a build holds the bytes that the manifest beside it names, and nothing unknown.
 
     Returns:
         The manifest.

@@ -63,7 +63,7 @@ def main() -> None:
     everything = load(sample, "evaluation.jsonl", options.evaluate)
     reference = run_reference(model, everything)
     table = Table(title=f"{everything.tokens:,} tokens of evaluation")
-    for column in ("recipe", "method", "mean KLD", "same experts", "seconds"):
+    for column in ("recipe", "method", "mean KLD", "routing agreement", "seconds"):
         table.add_column(column, justify="left" if column in ("recipe", "method") else "right")
     table.add_row("int8", "nearest", *judge(sample, reference, load_recipe("int8"), None, None))
     for recipe in ("int4", "int4-all"):
@@ -118,7 +118,7 @@ def transfer(sample: Checkpoint, tokens: int) -> Table:
     """Calibration on prose judged on code and chat, and the reverse."""
     kinds = {"prose": PROSE, "code and chat": ("py", "chat")}
     table = Table(title="int4, calibrated on one kind of text and judged on another")
-    for column in ("calibrated on", "damping", "judged on", "mean KLD", "same experts"):
+    for column in ("calibrated on", "damping", "judged on", "mean KLD", "routing agreement"):
         table.add_column(column, justify="left" if "on" in column.split() else "right")
     model = Model(sample.config, sample.read)
     texts = {

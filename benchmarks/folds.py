@@ -74,7 +74,7 @@ def main() -> None:
     statistics, _ = collect(sample, windows)
     squares = {n: np.sqrt(m.mean).astype(np.float32) for n, m in statistics.inputs.items()}
     table = Table(title=f"{everything.tokens:,} tokens of evaluation")
-    for column in ("recipe", "fold", "nearest", "calibrated", "same experts, calibrated"):
+    for column in ("recipe", "fold", "nearest", "calibrated", "routing agreement, calibrated"):
         table.add_column(column, justify="left" if column in ("recipe", "fold") else "right")
     for recipe in ("int4", "int4-all"):
         for name, fold in FOLDS.items():
@@ -108,7 +108,7 @@ def folded(sample: Checkpoint, squares: dict[str, Floats], fold: Fold) -> Folded
                 order = np.argsort(-seen * np.linalg.norm(weights[down], axis=0), kind="stable")
                 weights[gate], weights[up] = weights[gate][order], weights[up][order]
                 weights[down] = weights[down][:, order]
-    return Folded(sample.folder, sample.config, sample.assets, sample.stored, None, weights)
+    return Folded(sample.folder, sample.config, sample.assets, sample.stored, weights=weights)
 
 
 def power(seen: Floats, exponent: float) -> Floats:

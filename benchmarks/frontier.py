@@ -39,7 +39,15 @@ def main() -> None:
     evaluation = load(sample, "evaluation.jsonl", options.evaluate)
     reference = run_reference(Model(sample.config, sample.read), evaluation)
     table = Table(title=f"{evaluation.tokens:,} tokens of evaluation")
-    columns = ("format", "point", "bytes", "bytes/token", "predicted", "measured", "same experts")
+    columns = (
+        "format",
+        "point",
+        "bytes",
+        "bytes/token",
+        "predicted",
+        "measured",
+        "routing agreement",
+    )
     for column in columns:
         table.add_column(column, justify="left" if column in ("format", "point") else "right")
     pairs: dict[str, list[tuple[float, float]]] = {}

@@ -8,8 +8,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from rich.console import Console
-
+from lfmq.commands.console import print_tables
 from lfmq.commands.tables import report_table
 from lfmq.converter.checkpoint.checkpoint import open_checkpoint
 from lfmq.converter.checkpoint.locate import sample_file
@@ -44,7 +43,7 @@ def main() -> None:
             tokens=options.tokens,
             sequence=options.sequence,
         )
-        Console(width=120).print(report_table(validate(sample, paths, windows)))
+        print_tables(report_table(validate(sample, paths, windows)), width=120)
 
 
 if __name__ == "__main__":

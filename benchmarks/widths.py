@@ -47,7 +47,7 @@ def main() -> None:
     evaluation = load(sample, "evaluation.jsonl", options.evaluate)
     reference = run_reference(Model(sample.config, sample.read), evaluation)
     table = Table(title=f"{evaluation.tokens:,} tokens of evaluation")
-    for column in ("experts at 8 bits", "chosen by", "predicted", "measured", "same experts"):
+    for column in ("experts at 8 bits", "chosen by", "predicted", "measured", "routing agreement"):
         table.add_column(column, justify="left" if column == "chosen by" else "right")
     runs: dict[tuple[str, str], Comparison] = {}
     for share, name, recipe in plans(sample, statistics, options.share or list(SHARES)):

@@ -7,7 +7,13 @@ import click
 
 import lfmq
 from lfmq.commands.console import checkpoint_argument, example, print_json, print_tables
-from lfmq.commands.options import Common, common_options, engine_choice, text_options
+from lfmq.commands.options import (
+    Common,
+    common_options,
+    engine_choice,
+    other_option,
+    text_options,
+)
 from lfmq.commands.progress import show_progress
 
 
@@ -26,6 +32,7 @@ from lfmq.commands.progress import show_progress
     show_default=True,
     help="Engine that runs both builds; see lfmq validate.",
 )
+@other_option
 @common_options
 def compare(checkpoint: str, a: Path, b: Path, common: Common, **options: Any) -> None:
     """Compare two builds of one checkpoint on the same tokens, figure by figure.

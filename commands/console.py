@@ -11,16 +11,32 @@ Row = tuple[str, ...]
 # Columns of words; others hold numbers.
 _TEXT = ("path", "engine", "runtime", "verdict", "tokens", "chats", "first difference")
 
+# Columns of a terminal that is none.
+_UNBOUNDED = 1000
+
 checkpoint_argument = click.argument("checkpoint")
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A result to print."""
+    """A result to print.
+
+    Attributes:
+        title: printed above it.
+        columns: their heads.
+        rows: as many cells as there are columns.
+        turns: rows may become columns where the terminal is too narrow for it.
+    """
 
     title: str
     columns: Row
     rows: tuple[Row, ...]
+    turns: bool = False
+
+    def turned(self) -> "Table":
+        """The same table with its rows as columns."""
+        first, *others = zip(self.columns, *self.rows, strict=True)
+        return Table(self.title, first, tuple(others))
 
 
 def make_table(title: str, columns: Row, rows: Iterable[Row]) -> Table:
@@ -44,8 +60,11 @@ def print_tables(*tables: Table, width: int | None = None) -> None:
 
     console = Console(width=width)
     if width is None and not console.is_terminal:
-        console = Console(width=1000)
-    console.print(*map(_drawn, tables))
+        console = Console(width=_UNBOUNDED)
+    for table in tables:
+        drawn = _drawn(table)
+        wide = console.measure(drawn, options=console.options.update(width=_UNBOUNDED)).maximum
+        console.print(_drawn(table.turned()) if table.turns and wide > console.width else drawn)
 
 
 def _drawn(table: Table) -> Any:

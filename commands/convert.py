@@ -43,12 +43,24 @@ from lfmq.commands.progress import show_progress
     "second moments are added to it.",
 )
 @cluster_option
+@click.option(
+    "--name",
+    help="Name of the builds, and of the model in them. Default: the checkpoint's.",
+)
+@click.option(
+    "--metadata",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Metadata for the GGUF, for example general.author=Me; may be repeated. Replaces what "
+    "the checkpoint's card says.",
+)
 @click.option("--force", is_flag=True, help="Replace builds that exist.")
 @common_options
 def convert(
     checkpoint: str,
     output: Path,
     memory: str,
+    metadata: tuple[str, ...],
     cluster: str | None,
     common: Common,
     **options: Any,
@@ -61,7 +73,9 @@ def convert(
     each column. An interrupted run resumes and produces identical bytes.
     """
     from lfmq.converter.jobs.memory import parse_bytes
+    from lfmq.formats.gguf.user_metadata import parse_pairs
 
+    options["metadata"] = parse_pairs(metadata)
     budget, source = parse_bytes(memory), common.open(checkpoint)
     with show_progress(quiet=common.quiet) as progress:
         execution = common.execution(progress, memory=budget, cluster=cluster)

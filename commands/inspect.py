@@ -22,5 +22,7 @@ def inspect(checkpoint: str, common: Common) -> None:
         print_json(report.to_json())
         return
     print_tables(inspection_table(report))
+    for line in report.notes:
+        click.echo(f"note: {line}")
     for line in report.warnings:
         click.echo(f"warning: {line}")

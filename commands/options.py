@@ -232,3 +232,9 @@ cluster_option = click.option(
     help="Run on a Ray cluster. Every machine must see the folders under the same paths.",
 )
 engine_choice = click.Choice(["read", "native"])
+other_option = click.option(
+    "--allow-other",
+    is_flag=True,
+    help="Also take builds that are not of this checkpoint (a fine-tune, other weights); the "
+    "report says so.",
+)

@@ -32,7 +32,7 @@ def report_table(report: Report) -> Table:
         f"reference perplexity {report.reference_perplexity:.3f}"
     )
     columns = ("build", "engine", "bits/weight", *(figure.title for figure in figures))
-    return _table(title, columns, rows)
+    return Table(title, columns, tuple(rows), turns=True)
 
 
 def _measured(figure: Figure, found: Estimates) -> str:

@@ -12,6 +12,7 @@ from lfmq.commands.options import (
     common_options,
     engine_choice,
     gate_options,
+    other_option,
     report_options,
     task_options,
     text_options,
@@ -42,6 +43,7 @@ THRESHOLD_MISSED = 3
 )
 @gate_options
 @report_options
+@other_option
 @common_options
 def validate(checkpoint: str, builds: tuple[Path, ...], common: Common, **options: Any) -> None:
     """Measure how close each build is to its checkpoint.

@@ -7,7 +7,7 @@ build.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from lfmq.formats.plan import ModelConfig, Plan
 
 Bytes = NDArray[np.uint8]
+# A key's value in a file's metadata.
+MetadataValue = str | int | float | bool | tuple[str, ...] | tuple[int, ...] | tuple[float, ...]
 # Expert weights that must share a width: a layer's projection, an expert, a layer; or none must.
 WidthScope = Literal["stack", "expert", "layer", "weight"]
 
@@ -31,12 +33,14 @@ class Assets:
         config_json: the parsed ``config.json``.
         files: tokenizer and template files by name, byte for byte (``tokenizer.json``, ...).
         folder: the checkpoint folder, for libraries that read tokenizers from one.
+        metadata: key-values that the user adds to a GGUF.
     """
 
     name: str
     config_json: dict[str, Any]
     files: dict[str, bytes]
     folder: Path
+    metadata: Mapping[str, MetadataValue] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +131,21 @@ class Reader(Protocol):
     def config(self) -> ModelConfig:
         """The model's facts as the build's own metadata states them."""
 
-    def read(self, name: str) -> NDArray[np.float32]:
-        """The dequantized tensor, float32, in the checkpoint's shape."""
+    def check(self, model: Plan) -> None:
+        """Refuse a build that holds less, more or something else than its config implies.
+
+        Args:
+            model: the tensors of :attr:`config`; its storages are not looked at.
+
+        Raises:
+            ValidationError: the first tensor, key or node that is missing, unknown or another.
+        """
+
+    def is_float(self, name: str) -> bool:
+        """Whether a tensor is stored as floats, not as integers with scales."""
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
+        """The dequantized tensor or a run of its rows, float32, in the checkpoint's shape."""
 
 
 def as_bytes(array: NDArray[Any]) -> Bytes:

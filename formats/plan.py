@@ -25,6 +25,7 @@ class Role(StrEnum):
     CONV = "conv"
     DENSE = "dense"
     EMBEDDING = "embedding"
+    HEAD = "head"
     ROUTER = "router"
     EXPERT_BIAS = "expert_bias"
     CONV_KERNEL = "conv_kernel"
@@ -32,7 +33,7 @@ class Role(StrEnum):
 
 
 EXPERT_ROLES = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
-SHARED_ROLES = (Role.ATTENTION, Role.CONV, Role.DENSE, Role.EMBEDDING)
+SHARED_ROLES = (Role.ATTENTION, Role.CONV, Role.DENSE, Role.EMBEDDING, Role.HEAD)
 FLOAT_ROLES = (Role.ROUTER, Role.EXPERT_BIAS, Role.CONV_KERNEL, Role.NORM)
 
 
@@ -42,6 +43,8 @@ class ModelConfig:
 
     A dense model (``lfm2``) has ``num_experts`` 0 and only dense layers; its ``intermediate_size``
     is the width its feed-forward really has, after the config's adjustment.
+    ``tie_word_embeddings`` says whether the head is the embedding, as the weights show it:
+    transformers uses a stored head that differs whatever the config says.
     """
 
     hidden_size: int
@@ -67,6 +70,7 @@ class ModelConfig:
     eos_token_id: int | None = None
     pad_token_id: int | None = None
     model_type: ModelType = "lfm2_moe"
+    tie_word_embeddings: bool = True
 
     @property
     def moe_layers(self) -> tuple[int, ...]:

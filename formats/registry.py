@@ -126,8 +126,15 @@ def _is_compressed_tensors(folder: Path) -> bool:
     return isinstance(block, dict) and block.get("quant_method") == "compressed-tensors"
 
 
+def build_files(path: Path) -> tuple[Path, ...]:
+    """All files of a build: those of its folder, or the file and its other parts."""
+    if path.is_dir():
+        return tuple(sorted(p for p in path.rglob("*") if p.is_symlink() or not p.is_dir()))
+    from lfmq.formats.gguf.splits import split_files
+
+    return split_files(path)
+
+
 def build_nbytes(path: Path) -> int:
     """Size of a build on disk, all its files."""
-    if path.is_file():
-        return path.stat().st_size
-    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+    return sum(file.stat().st_size for file in build_files(path) if file.is_file())

@@ -6,13 +6,13 @@ float32 [L], ascending. numba compiles each case by itself.
 
 import numpy as np
 
-from lfmq.quant.kernels import inner
+from lfmq.quant.kernels import inlined, inner
 from lfmq.quant.simd import load, nearest, splat, store, where_above
 
 _ZERO, _ONE, _HALF = np.float32(0), np.float32(1), np.float32(0.5)
 
 
-@inner
+@inlined
 def to_level(value, levels, lowest, highest):
     """The nearest level of each lane; of two as near, the even or that of the table's lower."""
     if levels is None:
@@ -24,7 +24,7 @@ def to_level(value, levels, lowest, highest):
     return found
 
 
-@inner
+@inlined
 def to_code(value, levels, lowest, highest):
     """The nearest level; of a table, its index."""
     if levels is None:

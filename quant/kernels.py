@@ -28,6 +28,11 @@ def inner(function: Function) -> Function:
     return _compile(function)
 
 
+def inlined(function: Function) -> Function:
+    """The same for what a loop calls so often that a call would count."""
+    return _compile(function, forceinline=True)
+
+
 def kernel(function: Function) -> Function:
     """A compiled function that Python calls; numba is imported when it is first called."""
     return _Kernel(function)
@@ -65,21 +70,21 @@ def on_first_compile(call: Callable[[], None]) -> None:
     _NOTICE.call = call
 
 
-def _compile(function: Function) -> Function:
+def _compile(function: Function, **more: Any) -> Function:
     import numba
 
     _listen()
     try:
-        compiled: Function = numba.njit(cache=True, **_OPTIONS)(function)
+        compiled: Function = numba.njit(cache=True, **_OPTIONS, **more)(function)
     except RuntimeError:  # numba found no folder that can be written
         folder = _temporary_folder()
         if folder is None:
-            found: Function = numba.njit(**_OPTIONS)(function)
+            found: Function = numba.njit(**_OPTIONS, **more)(function)
             return found
         config: Any = numba.config
         before, config.CACHE_DIR = config.CACHE_DIR, str(folder)
         try:
-            compiled = numba.njit(cache=True, **_OPTIONS)(function)
+            compiled = numba.njit(cache=True, **_OPTIONS, **more)(function)
         finally:
             config.CACHE_DIR = before
     return compiled

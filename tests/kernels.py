@@ -15,6 +15,8 @@ from numba.core.dispatcher import Dispatcher
 def compile_once() -> None:
     """Make this process compile, or load, every cached kernel under a lock between processes."""
     compile_or_load: Any = Dispatcher.compile
+    if compile_or_load.__module__ == __name__:
+        return  # a second lock on a file would wait for the first for ever
 
     def locked(kernel: Any, signature: Any) -> Any:
         folder = kernel.stats.cache_path

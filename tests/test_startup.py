@@ -1,12 +1,12 @@
 """Commands that compute nothing start without what takes seconds to import."""
 
-import json
 import subprocess
 import sys
-from hashlib import sha256
 from pathlib import Path
 
 import pytest
+
+import lfmq
 
 HEAVY = ("torch", "numba", "llvmlite", "onnxruntime", "transformers", "huggingface_hub.hf_api")
 REPORT = f"""
@@ -27,15 +27,12 @@ def start(code: str, *words: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.fixture(scope="module")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file and a manifest that lists it."""
-    path = tmp_path_factory.mktemp("build") / "x.gguf"
-    path.write_bytes(b"GGUF")
-    files = {path.name: {"bytes": 4, "sha256": sha256(b"GGUF").hexdigest()}}
-    manifest = {"builds": {"gguf": {"path": path.name, "files": files}}}
-    path.with_name("x.manifest.json").write_text(json.dumps(manifest))
-    return path
+@pytest.fixture(scope="module", params=["gguf", "onnx"])
+def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A build and its manifest."""
+    output = tmp_path_factory.mktemp("build")
+    report = lfmq.convert("sample", output, recipe="int8", to=request.param, uncalibrated=True)
+    return report.builds[0].path
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from threading import Condition
 from types import TracebackType
 from typing import Any, Self
 
-from lfmq.converter.checkpoint.checkpoint import INDEX, Checkpoint
+from lfmq.converter.checkpoint.checkpoint import Checkpoint
 from lfmq.formats.writing.page_cache import PageTrail
 from lfmq.quant.errors import CheckpointError
 
@@ -28,7 +28,8 @@ def input_files(checkpoint: Checkpoint) -> list[Path]:
     """Every file of the checkpoint's folder that a build depends on."""
     folder = checkpoint.folder
     inputs = [*checkpoint.weight_files, folder / "config.json"]
-    inputs += [folder / name for name in (*sorted(checkpoint.assets.files), INDEX)]
+    inputs += [folder / name for name in sorted(checkpoint.assets.files)]
+    inputs += [checkpoint.index] if checkpoint.index is not None else []
     return [path for path in inputs if path.is_file()]
 
 
@@ -88,7 +89,10 @@ class Fingerprints:
 
     def _read(self) -> dict[str, Any]:
         with ExitStack() as opened:  # to the end: the trail is behind in another file
-            return {path.name: self._fingerprint(path, opened) for path in self._files}
+            return {
+                str(path.relative_to(self._folder)): self._fingerprint(path, opened)
+                for path in self._files
+            }
 
     def _fingerprint(self, path: Path, opened: ExitStack) -> dict[str, Any]:
         digest, nbytes, chunk = hashlib.sha256(), 0, memoryview(bytearray(_CHUNK))

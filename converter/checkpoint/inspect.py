@@ -4,10 +4,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lfmq.converter.checkpoint.checkpoint import Checkpoint
+from lfmq.converter.checkpoint.vocabulary import saved_for_training
 from lfmq.converter.model.tensors import expected_tensors
 from lfmq.formats.build import Assets
 from lfmq.formats.huggingface.chat_template import DEFAULT, chat_templates, other_templates
 from lfmq.formats.huggingface.end_tokens import end_token_conflicts
+from lfmq.formats.huggingface.front_matter import card_warnings
 from lfmq.formats.plan import Role
 
 
@@ -31,6 +33,7 @@ class Inspection:
     config: dict[str, Any]
     roles: tuple[RoleCount, ...]
     warnings: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def tensors(self) -> int:
@@ -57,6 +60,7 @@ class Inspection:
             "roles": [asdict(r) for r in self.roles],
             "warnings": list(self.warnings),
             "odd": list(self.warnings),  # the key's earlier name
+            "notes": list(self.notes),
         }
 
 
@@ -79,8 +83,9 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     title += (
         f"{g.num_experts} experts, {g.num_experts_per_tok} active" if g.moe_layers else "dense"
     )
+    warnings = tuple(_warnings(checkpoint))
     return Inspection(
-        checkpoint.assets.name, title, asdict(g), tuple(roles), tuple(_warnings(checkpoint))
+        checkpoint.assets.name, title, asdict(g), tuple(roles), warnings, checkpoint.notes
     )
 
 
@@ -102,8 +107,17 @@ def _warnings(checkpoint: Checkpoint) -> list[str]:
             f"the tokenizer has {checkpoint.vocabulary.size:,} tokens, the config's vocab_size "
             f"is {g.vocab_size:,}"
         )
+    if not g.tie_word_embeddings:
+        found.append(
+            "the model has a head of its own: mlx cannot hold it, vLLM ties it to the embedding"
+        )
     found += _template_warnings(checkpoint.assets)
     found += end_token_conflicts(checkpoint.assets, g)
+    found += card_warnings(checkpoint.assets)
+    if saved := saved_for_training(checkpoint.assets):
+        found.append(
+            f"tokenizer.json saves {saved}: as in transformers, text is tokenized without"
+        )
     if "generation_config.json" not in files:
         found.append("no generation_config.json: runtimes use their own sampling defaults")
     return found

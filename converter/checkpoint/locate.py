@@ -1,6 +1,7 @@
 """Where a checkpoint is: a folder, the word for a sample, or a Hub id ``org/name[@revision]``."""
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from lfmq.quant.errors import CheckpointError
 # Words for the checkpoints of ``samples/``: a mixture of experts, and a dense model.
 SAMPLES = {"sample": "lfm2moe-tiny", "sample-dense": "lfm2-tiny"}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+# A repository's folder in the Hub's cache (huggingface_hub, repo_folder_name).
+_CACHED = re.compile(r"models--(?:.+--)?(.+)")
 _REASON_LENGTH = 300  # characters of the Hub client's message, which can be a page
 _PATTERNS = ["*.safetensors", "*.json", "*.jinja", "README.md", "LICENSE*"]
 
@@ -53,12 +56,44 @@ def locate_checkpoint(reference: str, *, bars: bool = False) -> Location:
         return Location(folder, folder.name)
     path = Path(reference)
     if path.exists():
-        return Location(path, path.resolve().name)
+        path = snapshot_of(path)
+        return Location(path, checkpoint_name(path))
     if not _HUB_ID.fullmatch(reference):
         raise CheckpointError(f"{reference}: no such folder, and not a Hub id (org/name@revision)")
     repository, _, revision = reference.partition("@")
     folder = download(repository, revision, bars=bars)
     return Location(folder, repository.rpartition("/")[2])
+
+
+def checkpoint_name(folder: Path) -> str:
+    """What builds of a folder are named after: it, or the repository it is a snapshot of.
+
+    The Hub's cache keeps them as ``models--ORG--NAME/snapshots/COMMIT``.
+    """
+    for path in (folder.absolute(), folder.resolve()):
+        found = _CACHED.fullmatch(path.parent.parent.name)
+        if path.parent.name == "snapshots" and found is not None:
+            return found[1]
+    return folder.resolve().name
+
+
+def snapshot_of(path: Path) -> Path:
+    """The snapshot in a repository's folder of the Hub's cache; any other path as it is.
+
+    Raises:
+        CheckpointError: it holds several snapshots, or none.
+    """
+    if _CACHED.fullmatch(path.resolve().name) is None or not (path / "snapshots").is_dir():
+        return path
+    found = sorted(p for p in (path / "snapshots").iterdir() if p.is_dir())
+    with suppress(OSError, ValueError):
+        main = path / "snapshots" / (path / "refs" / "main").read_text("ascii").strip()
+        if main in found:
+            return main
+    if len(found) == 1:
+        return found[0]
+    several = f"{len(found)} snapshots; give one, such as {found[-1]}" if found else "no snapshot"
+    raise CheckpointError(f"{path}: a repository in the Hub's cache with {several}")
 
 
 def download(repository: str, revision: str = "", *, bars: bool = False) -> Path:

@@ -1,9 +1,12 @@
-"""Which token ids a checkpoint's ``tokenizer.json`` can produce."""
+"""Which token ids a checkpoint's ``tokenizer.json`` can produce, and what it saves beside."""
 
+import json
 from pathlib import Path
 
 from lfmq.converter.model.tokenizer import Vocabulary as Vocabulary
 from lfmq.converter.model.tokenizer import try_tokenizer
+from lfmq.formats.build import Assets
+from lfmq.formats.huggingface.side_files import without_mark
 from lfmq.quant.errors import CheckpointError
 
 
@@ -17,3 +20,9 @@ def parse_vocabulary(content: bytes, source: Path) -> Vocabulary:
         return try_tokenizer(content)
     except ValueError as error:
         raise CheckpointError(f"{source}: {error}; fetch it again") from error
+
+
+def saved_for_training(assets: Assets) -> str:
+    """Which of padding and truncation an opened checkpoint's tokenizer saves, in words."""
+    document = json.loads(without_mark(assets.files.get("tokenizer.json", b"{}")))
+    return " and ".join(key for key in ("padding", "truncation") if document.get(key) is not None)

@@ -1,9 +1,9 @@
 """Work on what strangers wrote, in a process of its own with limits of time and memory.
 
 A chat template may loop for ever or ask for gigabytes, and a tokenizer's native code may abort.
-The parent writes the questions to a file, one line of JSON each; the child answers each with one
-line. It limits itself before it reads the first: the processor time of an answer, the memory, and
-no file may be written. How it died says which question it died of, and of what.
+The parent writes questions to a pipe, one line of JSON each; the child answers each with one line.
+It limits itself before it reads the first: the processor time of an answer, the memory, and no
+file may be written. How it died says which question it died of, and of what.
 """
 
 import json
@@ -13,11 +13,11 @@ import selectors
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Generator, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from threading import Thread
 from typing import IO, Any
 
 _START_SECONDS = 60.0  # to import its modules, on a machine that is busy
@@ -60,20 +60,26 @@ def ask(module: str, questions: Iterable[Any], limits: Limits) -> Generator[Any]
     Raises:
         ChildDied: instead of the first answer that is missing.
     """
-    with tempfile.TemporaryFile() as order:
-        count = 0
+    listed = list(questions)
+    command = [sys.executable, "-P", "-m", module, str(limits.seconds), str(limits.memory)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as child:
+        feeder = Thread(target=_feed, args=(child, listed), daemon=True)
+        feeder.start()
+        try:
+            yield from _answers(child, len(listed), limits)
+        finally:
+            child.kill()  # which ends the feeder too
+            feeder.join()
+
+
+def _feed(child: "subprocess.Popen[bytes]", questions: list[Any]) -> None:
+    assert child.stdin is not None
+    with suppress(OSError), child.stdin as stream:  # a child that died takes no more
         for question in questions:
-            order.write(json.dumps(question).encode() + b"\n")
-            count += 1
-        order.seek(0)
-        command = [sys.executable, "-P", "-m", module, str(limits.seconds), str(limits.memory)]
-        with subprocess.Popen(
-            command, stdin=order, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        ) as child:
-            try:
-                yield from _answers(child, count, limits)
-            finally:
-                child.kill()
+            stream.write(json.dumps(question).encode() + b"\n")
+            stream.flush()
 
 
 def _answers(child: "subprocess.Popen[bytes]", count: int, limits: Limits) -> Generator[Any]:
@@ -86,7 +92,7 @@ def _answers(child: "subprocess.Popen[bytes]", count: int, limits: Limits) -> Ge
         try:
             line = lines.next(limits.seconds * _BUSY)
         except TimeoutError:
-            raise ChildDied(f"took more than {limits.seconds} seconds") from None
+            raise ChildDied(f"took more than {limits.seconds} s") from None
         except OverflowError:
             raise ChildDied(f"gave more than {limits.answer:,} bytes") from None
         if not line:
@@ -96,7 +102,7 @@ def _answers(child: "subprocess.Popen[bytes]", count: int, limits: Limits) -> Ge
 
 def _death(status: int, limits: Limits) -> str:
     if -status == signal.SIGXCPU:
-        return f"took more than {limits.seconds} seconds"
+        return f"took more than {limits.seconds} s"
     if status < 0:
         with suppress(ValueError):
             return f"ended its process with {signal.Signals(-status).name}"
@@ -131,6 +137,8 @@ class _Lines:
                 if not chunk:
                     return b""
                 self._rest += chunk
+        if end > self._longest:
+            raise OverflowError
         line = bytes(self._rest[:end])
         del self._rest[: end + 1]
         return line or b" "

@@ -39,7 +39,7 @@ _HALVINGS = 60
 _OF_EXPERTS = 0.25
 _EXPERT_PARTS = ("inner", "down")
 # GPTQ's error on a grid, relative to that at the measured one, over the same to nearest
-# (benchmarks/grid_ratios.py). The embedding is rounded to nearest.
+# (benchmarks/grid_ratios.py). Embedding and head are rounded to nearest.
 _FED_BACK = {"affine_bias": 1.03, "kquant": 1.07}
 
 
@@ -78,10 +78,11 @@ class Prediction:
         if index is None:
             return None
         ratio = self.statistics.grids[tensor.name][index]
-        if tensor.role is not Role.EMBEDDING:
+        if tensor.role not in (Role.EMBEDDING, Role.HEAD):
             ratio *= _FED_BACK.get(scheme.grid, 1.0)
         parts = [part_of(tensor)]
-        parts += ["head"] if tensor.role is Role.EMBEDDING else []
+        if tensor.role is Role.EMBEDDING and self.config.tie_word_embeddings:
+            parts.append("head")
         found = Cost()
         for part in parts:
             share = self._share(tensor, part) * ratio

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from lfmq.converter.mixed_precision.predicted_kld import Cost
-from lfmq.converter.plan.plan import token_bytes
+from lfmq.converter.plan.plan import looked_up, token_bytes
 from lfmq.formats.build import Assets, BuildLayout, Format
 from lfmq.formats.plan import (
     EXPERT_ROLES,
@@ -25,7 +25,7 @@ class WidthGroup:
     """Weights that share a grid.
 
     Attributes:
-        layer: of the model; None for the embedding.
+        layer: of the model; None for the embedding and a head of its own.
         label: of the unit in the layer, as tables show it.
         entries: its weights.
         schemes: what it can be stored as.
@@ -119,6 +119,7 @@ def segment_bytes(plan: Plan, layout: BuildLayout) -> FormatBytes:
             for name in segment.sources:
                 found[name] += segment.nbytes * sizes[name] / whole
     token = {name: n * share if name in experts else n for name, n in found.items()}
+    token |= dict.fromkeys(looked_up(plan), 0.0)
     return FormatBytes(found, token)
 
 
@@ -142,7 +143,7 @@ def chosen_rules(units: Iterable[WidthGroup], choice: Iterable[Scheme], experts:
                 assert entry.layer is not None
                 routed.setdefault((entry.layer, entry.role, scheme), []).append(entry.expert)
             elif entry.layer is None:
-                rules.append(_rule('roles = ["embedding"]', scheme))
+                rules.append(_rule(f"roles = {_toml([entry.role.value])}", scheme))
             else:
                 pattern = "*." + entry.name.split(".", 3)[3]
                 shared.setdefault((scheme, pattern), []).append(entry.layer)

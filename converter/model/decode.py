@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from lfmq.converter.model.blocks import Block, Inner, model_blocks
 from lfmq.converter.model.forward import Model, check_ids, normed, run_block
-from lfmq.converter.model.tensors import EMBEDDING, FINAL_NORM
+from lfmq.converter.model.tensors import EMBEDDING, FINAL_NORM, head_of
 from lfmq.formats.plan import ModelConfig
 
 # Room for that many more tokens when a cache is made; a full one grows by half.
@@ -111,7 +111,8 @@ class Decoder:
                 states[filled] = tokens[0]
         self._lengths = self._lengths + counts
         last = states[torch.arange(len(ids)), (counts - 1).to(model.device)]
-        return F.linear(normed(model, FINAL_NORM, last[None]), table).float()
+        head = model.weight(head_of(model.config))
+        return F.linear(normed(model, FINAL_NORM, last[None]), head).float()
 
     def _make_room(self, columns: int) -> None:
         needed = int(self._lengths.max()) + columns

@@ -13,6 +13,7 @@ from lfmq.formats.plan import ModelConfig, Role
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.embedding_norm.weight"
+HEAD = "lm_head.weight"
 
 
 class Use(Enum):
@@ -53,7 +54,14 @@ def expected_tensors(config: ModelConfig) -> tuple[Tensor, ...]:
     for layer in range(g.num_hidden_layers):
         (first, *mixer), (second, *feed_forward) = layer_tensors(g, layer)
         tensors += [first, second, *mixer, *feed_forward]
+    if not g.tie_word_embeddings:
+        tensors.append(Tensor(HEAD, (g.vocab_size, g.hidden_size), Role.HEAD))
     return tuple(tensors)
+
+
+def head_of(config: ModelConfig) -> str:
+    """The tensor that turns final hidden states into logits: the head, or again the embedding."""
+    return EMBEDDING if config.tie_word_embeddings else HEAD
 
 
 def layer_tensors(

@@ -107,16 +107,24 @@ def token_bytes(plan: Plan, layout: BuildLayout) -> int:
     """Bytes of weights read for one decoded token, which bound the speed of decoding.
 
     Of an expert's bytes the share counts that runs for a token, all others once (the embedding as
-    the tied head).
+    the tied head; beside a head of its own one row of it, which is next to nothing).
     """
-    experts = {e.name for e in plan.entries if e.expert is not None}
+    experts, tables = {e.name for e in plan.entries if e.expert is not None}, looked_up(plan)
     always, routed = 0, 0
     for segment in _segments(layout):
+        if segment[1] in tables:
+            continue
         if segment[1] in experts:
             routed += segment[0]
         else:
             always += segment[0]
     return always + int(routed * plan.config.expert_share)
+
+
+def looked_up(plan: Plan) -> set[str]:
+    """The tensors of which a token reads one row: the embedding, unless it is also the head."""
+    untied = not plan.config.tie_word_embeddings
+    return {e.name for e in plan.entries if untied and e.role is Role.EMBEDDING}
 
 
 def _segments(layout: BuildLayout) -> Iterable[tuple[int, str]]:

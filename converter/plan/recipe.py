@@ -63,13 +63,16 @@ class Rule:
         """The rule as it reads for a model of these tensors: its roles, and its layers as numbers.
 
         In a model without experts, ``experts`` stands for the dense feed-forward: both are what
-        most of a model's weights are. ``more_bits`` counts the layers that have a tensor the other
+        most of a model's weights are. ``embedding`` also stands for a head of its own, unless a
+        later rule speaks of ``head``. ``more_bits`` counts the layers that have a tensor the other
         conditions match. Of n of them llama.cpp widens the first and the last eighth and every
         third between (``use_more_bits`` of ``llama-quant.cpp``; integer division).
         """
         roles = self.roles
         if roles.issuperset(EXPERT_ROLES) and not any(t.role in EXPERT_ROLES for t in tensors):
             roles = roles.difference(EXPERT_ROLES) | {Role.DENSE}
+        if Role.EMBEDDING in roles:
+            roles |= {Role.HEAD}
         rule = replace(self, roles=roles, more_bits=False)
         if not self.more_bits:
             return rule

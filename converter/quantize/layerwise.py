@@ -41,7 +41,7 @@ from lfmq.converter.model.forward import (
     route,
     run_block,
 )
-from lfmq.converter.model.tensors import EMBEDDING, FINAL_NORM
+from lfmq.converter.model.tensors import EMBEDDING, FINAL_NORM, HEAD
 from lfmq.converter.quantize.experts import (
     FinishedExpert,
     LayerInputs,
@@ -163,6 +163,8 @@ class _Run:
                 tensors = {"states": self._states.cpu(), "wanted": self._wanted.cpu()}
                 state.save(layer + 1, self.found().to_state(), tensors)
         yield from self._plain(FINAL_NORM)
+        if HEAD in self._entries:
+            yield from self._plain(HEAD)
 
     def _groups_before(self, layer: int) -> list[tuple[TensorPlan, ...]]:
         """Units that are written before a layer is begun."""

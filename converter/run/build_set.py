@@ -122,6 +122,7 @@ class BuildSet:
         plan: Plan,
         recipe: Recipe,
         text_sha256: str | None,
+        metadata: Mapping[str, Any] | None = None,
     ) -> None:
         """Give builds and manifest their names; nothing gets one before everything is whole.
 
@@ -132,6 +133,7 @@ class BuildSet:
             plan: the storage of every tensor.
             recipe: what the plan came from.
             text_sha256: of the calibration text, if any.
+            metadata: key-values that the user added, if any.
 
         Raises:
             PlanError: a file cannot be written.
@@ -142,7 +144,14 @@ class BuildSet:
             w.layout.format: Made(w.target, w.part, w.hashes(), w.digests()) for w in self._writers
         }
         part = write_manifest(
-            manifest, checkpoint, inputs, plan, recipe, made, text_sha256=text_sha256
+            manifest,
+            checkpoint,
+            inputs,
+            plan,
+            recipe,
+            made,
+            text_sha256=text_sha256,
+            metadata=metadata,
         )
         try:
             for writer in self._writers:

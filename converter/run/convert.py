@@ -155,7 +155,8 @@ def _write_builds(
         check_unchanged(checkpoint, depends)
         text = job.calibration.windows.text_sha256 if job.calibration else None
         manifest = stem.with_name(f"{stem.name}.manifest.json")
-        builds.publish(manifest, checkpoint.assets.name, hashes, plan, job.recipe, text)
+        assets = checkpoint.assets
+        builds.publish(manifest, assets.name, hashes, plan, job.recipe, text, assets.metadata)
         state.remove()
     return calibrated
 

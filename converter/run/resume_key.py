@@ -44,6 +44,9 @@ def depends_on(
         "the calibration": _of_calibration(calibration, device) if calibration else "none",
         "the statistics": _of_statistics(statistics) if statistics else "none",
         "the plan": _of_plan(plan),
+        "the name or the metadata": _sha256(
+            [checkpoint.assets.name, sorted(checkpoint.assets.metadata.items())]
+        ),
     }
 
 

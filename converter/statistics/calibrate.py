@@ -28,8 +28,9 @@ from lfmq.formats.plan import (
 )
 from lfmq.quant.errors import PlanError, ValidationError
 
-# Roles that llama.cpp's importance matrix speaks of; the embedding is looked up, not multiplied.
-_MULTIPLIED = {*SHARED_ROLES, *EXPERT_ROLES, Role.ROUTER} - {Role.EMBEDDING}
+# Roles that llama.cpp's importance matrix speaks of; the embedding is looked up, not
+# multiplied, and of the head no inputs are kept.
+_MULTIPLIED = {*SHARED_ROLES, *EXPERT_ROLES, Role.ROUTER} - {Role.EMBEDDING, Role.HEAD}
 
 
 def calibrate(

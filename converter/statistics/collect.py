@@ -25,7 +25,13 @@ from lfmq.converter.jobs.statefile import StateFile
 from lfmq.converter.jobs.workers import Workers, open_workers
 from lfmq.converter.model.blocks import Block, Router, model_blocks
 from lfmq.converter.model.forward import Model, embed, normed, route, run_block
-from lfmq.converter.model.tensors import EMBEDDING, FINAL_NORM, expected_tensors
+from lfmq.converter.model.tensors import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    expected_tensors,
+    head_of,
+)
 from lfmq.converter.model.text import Windows
 from lfmq.converter.quantize.experts import FinishedExpert, LayerInputs, quantize_expert
 from lfmq.converter.quantize.settings import ExpertCoverage, Settings
@@ -192,6 +198,16 @@ class _Pass:
         self._errors |= {"embedding": change, "head": change}
         self._losses[EMBEDDING] = change * self._windows.tokens
         self._grids[EMBEDDING] = grid_errors(w, None)
+        if HEAD in self._tensors:
+            self._begin_head(self._checkpoint.read(HEAD))
+
+    def _begin_head(self, w: NDArray[np.float32]) -> None:
+        """A head of its own: its rounding is the error of the part that it is."""
+        off = dequantize(rtn.quantize(w, MEASURED)) - w
+        error = float(np.square(off, out=off).sum(dtype=np.float64))
+        self._errors["head"] = error
+        self._losses[HEAD] = error * self._windows.tokens
+        self._grids[HEAD] = grid_errors(w, None)
 
     def _save(self, layer: int) -> None:
         if self._file is None:
@@ -339,7 +355,7 @@ class _Pass:
             return normed(self._model, FINAL_NORM, states[:, first:])
 
         wanted = hidden(self._states[: self._count])
-        head = self._model.weight(EMBEDDING)
+        head = self._model.weight(head_of(self._config))
         order = [*self._streams, "head"]
         # whose head a stream ends in, where it is not the reference's; two at most are held
         ends = {name: name for name in WHOLE} | {"head": "shared at 4 bits"}
@@ -349,7 +365,7 @@ class _Pass:
             states = {n: hidden(self._streams.pop(n)) for n in names if n != "head"}
             if "head" in names:
                 states["head"] = wanted
-            own = head if whole is None else self._rounded[whole].weight(EMBEDDING)
+            own = head if whole is None else self._rounded[whole].weight(head_of(self._config))
             found |= mean_divergences(self._workers, wanted, head, states, own)
         return {name: found[name] for name in order}
 

@@ -69,12 +69,13 @@ class Statistics:
         tokens: of all texts.
         inputs: by the name of the weight they go into.
         losses: by the name of a weight, the squared error of the layer's output, summed over
-            tokens, when that weight alone is rounded to ``MEASURED``; of the embedding, its own.
+            tokens, when that weight alone is rounded to ``MEASURED``; of the embedding and a
+            head, their own.
         grids: by the name of a weight, for each of ``SCHEMES``, the error of rounding to it over
             that of rounding to ``MEASURED``; infinite where its rows do not divide.
         parts: by :func:`part_of` weights, all of them at ``MEASURED``; ``head`` is the embedding
-            as the output head; ``shared`` and ``shared at 4 bits`` are every shared weight,
-            rounded to nearest.
+            as the output head, or a head of its own; ``shared`` and ``shared at 4 bits`` are every
+            shared weight, rounded to nearest.
     """
 
     identity: str
@@ -173,8 +174,8 @@ def _mixed(a: Sensitivity, b: Sensitivity, share: float) -> Sensitivity:
 
 def identity_of(config: ModelConfig) -> str:
     """sha256 of the model's facts and the names of its tensors."""
-    # the names of the tensors tell model types apart
-    known = {key: value for key, value in asdict(config).items() if key != "model_type"}
+    told = ("model_type", "tie_word_embeddings")  # by the names of the tensors
+    known = {key: value for key, value in asdict(config).items() if key not in told}
     facts = {"geometry": known, "tensors": [t.name for t in expected_tensors(config)]}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -326,6 +327,6 @@ def part_of(tensor: Tensor | TensorPlan) -> str:
         Role.EXPERT_DOWN: "down",
         Role.DENSE: "dense",
     }
-    if tensor.role is Role.EMBEDDING:
-        return "embedding"
+    if tensor.role in (Role.EMBEDDING, Role.HEAD):
+        return tensor.role.value
     return f"{tensor.layer}.{kinds.get(tensor.role, 'mixer')}"

@@ -52,7 +52,7 @@ _ALIASES: dict[_Family, tuple[tuple[frozenset[str], tuple[str, ...]], ...]] = {
         (frozenset(("w3",)), ("up_proj",)),
     ),
 }
-# vLLM's gate is a Linear like any other; the tied head is not in the file.
+# vLLM's gate is a Linear like any other; a head is not in the file, or as floats.
 _IGNORED = ("lm_head", r"re:.*feed_forward\.gate$")
 
 # Keys that an engine reads and a checkpoint may lack: vLLM's lfm2 takes widths from these two.
@@ -200,6 +200,11 @@ def engine_warnings(plan: Plan) -> tuple[str, ...]:
         found.append(
             f"experts are stored in several ways ({', '.join(kinds)}); transformers loads those "
             "of all layers by one scheme, dequantize the build for it"
+        )
+    if not plan.config.tie_word_embeddings:  # lfm2.py and lfm2_moe.py of vLLM: tie_weights
+        found.append(
+            "the model has a head of its own (lm_head.weight); vLLM ties head and embedding of "
+            "LFM2 whatever the config says and computes other logits: use SGLang or transformers"
         )
     return tuple(found)
 

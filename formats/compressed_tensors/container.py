@@ -66,8 +66,8 @@ python -m sglang.launch_server --model-path FOLDER --dtype float16
 _ENGINES = """
 ## What engines load
 
-Scales are float16; an engine that runs in bfloat16 rounds them to it. The embedding, which is
-also the head, is plain in this format.
+Scales are float16; an engine that runs in bfloat16 rounds them to it. The embedding and the
+head are plain in this format.
 
 """
 _EVERY_ENGINE = "No weight of this build is stored in a way that an engine refuses.\n"
@@ -119,8 +119,8 @@ def _engines(plan: Plan) -> bytes:
 
 
 def _is_packed(entry: TensorPlan) -> bool:
-    """Whether the codes are stored; engines look tokens up in a plain embedding only."""
-    return entry.scheme is not None and entry.role is not Role.EMBEDDING
+    """Whether the codes are stored; engines want a plain embedding, and a plain head."""
+    return entry.scheme is not None and entry.role not in (Role.EMBEDDING, Role.HEAD)
 
 
 def _tensors(entry: TensorPlan) -> Iterator[TensorLayout]:

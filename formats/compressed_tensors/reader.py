@@ -5,40 +5,30 @@ others, is an error here as it is in an engine.
 """
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lfmq.formats.bits import unpack_codes
-from lfmq.formats.compressed_tensors.config import METHOD, PACKED
+from lfmq.formats.compressed_tensors.block import Group, names_module, read_block
 from lfmq.formats.huggingface.config import parse_config, read_config
 from lfmq.formats.huggingface.safetensors_file import (
     FLOAT_DTYPES,
     StoredTensor,
     read_floats,
-    read_header,
     read_tensor,
+    rows_of,
 )
-from lfmq.formats.plan import ModelConfig
+from lfmq.formats.huggingface.shards import read_build_tensors
+from lfmq.formats.plan import ModelConfig, Plan
 from lfmq.quant.errors import CheckpointError, ValidationError
 from lfmq.quant.types import Scheme
 
 _NAME = re.compile(r"model\.(?:layers\.(\d+)\.(?:.*\.experts\.(\d+)\.)?)?.*")
 _CLASS = "Linear"  # what a module's class is called in a list of targets
-_SCHEME = {"type": "int", "symmetric": True, "strategy": "group"}
-
-
-@dataclass(frozen=True, slots=True)
-class _Group:
-    """A group of ``config_groups``, checked."""
-
-    name: str
-    targets: tuple[str, ...]
-    bits: int
-    group: int
+# Keys beside the block that some engine takes for a quantization.
+_FOREIGN = ("quantization", "compression_config", "quantize_activations")
 
 
 class CompressedTensorsReader:
@@ -50,17 +40,57 @@ class CompressedTensorsReader:
         try:
             config = read_config(path)
             self.config = parse_config(config, source)
-            self._tensors: dict[str, StoredTensor] = {}
-            for file in sorted(path.glob("model*.safetensors")):
-                self._tensors |= read_header(file)
         except CheckpointError as error:
             raise ValidationError(str(error)) from error
-        block = _block(config, source)
-        self._ignored = _patterns(block.get("ignore", []), "ignore", source)
-        self._groups = _groups(block.get("config_groups"), source)
+        for key in _FOREIGN:
+            if config.get(key) is not None:
+                raise ValidationError(
+                    f"{source}: {key} is set, which engines may compute with and lfmq does not "
+                    "read; write the build again"
+                )
+        self._tensors = read_build_tensors(path)
+        block = read_block(config, source)
+        self._ignored, self._groups = block.ignored, block.groups
 
-    def read(self, name: str) -> NDArray[np.float32]:
-        """The dequantized tensor, float32, in the checkpoint's shape.
+    def check(self, model: Plan) -> None:
+        """The files hold the model's tensors as the config says, and no other.
+
+        Raises:
+            ValidationError: a tensor is missing, unexpected, or of another shape or type.
+        """
+        expected: set[str] = set()
+        try:
+            for entry in model.entries:
+                expected |= self._check_entry(entry.name, entry.shape)
+        except CheckpointError as error:
+            raise ValidationError(str(error)) from error
+        for name, tensor in self._tensors.items():
+            if name not in expected:
+                raise ValidationError(
+                    f"{tensor.path}: has a tensor {_short(name)} that the model does not have; "
+                    "it is of another model, write the build again"
+                )
+
+    def _check_entry(self, name: str, shape: tuple[int, ...]) -> set[str]:
+        """The names of a weight's tensors, which are as the config says."""
+        group = self._group_for(name, shape)
+        if group is None:
+            self._stored(name, shape, None, *FLOAT_DTYPES)
+            return {name}
+        self._packed(name, shape, group)
+        return {f"{name}_packed", f"{name}_scale", f"{name}_shape"}
+
+    def is_float(self, name: str) -> bool:
+        """Whether the tensor is stored as floats, not as integers with scales."""
+        return f"{name}_packed" not in self._tensors
+
+    def _group_for(self, name: str, shape: tuple[int, ...]) -> Group | None:
+        """The group of a weight; None for one that stays as floats."""
+        is_linear = len(shape) == 2 and name != "model.embed_tokens.weight"
+        return self._group_of(name.removesuffix(".weight")) if is_linear else None
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
+        """The dequantized tensor or a run of its rows, float32, in the checkpoint's shape.
 
         Raises:
             ValidationError: the build lacks it, is damaged, or its config speaks of it otherwise.
@@ -68,12 +98,13 @@ class CompressedTensorsReader:
         shape = _shape(name, self.config)
         if shape is None:
             raise ValidationError(f"{self._path}: tensor {name} is not part of this model")
-        is_linear = len(shape) == 2 and name != "model.embed_tokens.weight"
-        group = self._group_of(name.removesuffix(".weight")) if is_linear else None
+        group = self._group_for(name, shape)
+        stop = shape[0] if stop is None else stop
         try:
             if group is not None:
-                return self._dequantize(name, shape, group)
-            return read_floats(self._stored(name, shape, None, *FLOAT_DTYPES))
+                return self._dequantize(name, shape, group, start, stop)
+            tensor = self._stored(name, shape, None, *FLOAT_DTYPES)
+            return read_floats(rows_of(tensor, start, stop))
         except CheckpointError as error:
             raise ValidationError(str(error)) from error
 
@@ -82,15 +113,15 @@ class CompressedTensorsReader:
         group = self._group_of(name.removesuffix(".weight"))
         return None if group is None else Scheme(group.bits, group.group)
 
-    def _group_of(self, module: str) -> _Group | None:
+    def _group_of(self, module: str) -> Group | None:
         """The group that a module belongs to; None for one that stays as floats.
 
         Engines look for its name in all groups before its class, the library takes the groups in
         their order; the two must agree.
         """
-        if _CLASS in self._ignored or _names(module, self._ignored):
+        if _CLASS in self._ignored or names_module(module, self._ignored):
             return None
-        named = [g for g in self._groups if _names(module, g.targets)]
+        named = [g for g in self._groups if names_module(module, g.targets)]
         either = [g for g in self._groups if g in named or _CLASS in g.targets]
         if named and named[0] is not either[0]:
             raise ValidationError(
@@ -101,7 +132,7 @@ class CompressedTensorsReader:
         return either[0] if either else None
 
     def _stored(
-        self, key: str, shape: tuple[int, ...], group: _Group | None, *dtypes: str
+        self, key: str, shape: tuple[int, ...], group: Group | None, *dtypes: str
     ) -> StoredTensor:
         """The tensor after checking that it is what the config implies."""
         tensor = self._tensors.get(key)
@@ -118,8 +149,10 @@ class CompressedTensorsReader:
             )
         return tensor
 
-    def _dequantize(self, name: str, shape: tuple[int, ...], group: _Group) -> NDArray[np.float32]:
-        """``scale * (code - 2 ** (bits - 1))`` in float32, which is exact."""
+    def _packed(
+        self, name: str, shape: tuple[int, ...], group: Group
+    ) -> tuple[StoredTensor, StoredTensor]:
+        """Codes and scales of a weight, after checking that they are what the config implies."""
         rows, columns = shape
         if columns % group.group:
             raise ValidationError(
@@ -136,88 +169,23 @@ class CompressedTensorsReader:
                 f"{stated.path}: {name}_shape is {list(said)}, expected {list(shape)}; write the "
                 "build again"
             )
+        return packed, scale
+
+    def _dequantize(
+        self, name: str, shape: tuple[int, ...], group: Group, start: int, stop: int
+    ) -> NDArray[np.float32]:
+        """``scale * (code - 2 ** (bits - 1))`` in float32, which is exact."""
+        packed, scale = (rows_of(t, start, stop) for t in self._packed(name, shape, group))
         codes = unpack_codes(read_tensor(packed).view(np.uint8), group.bits)
-        values = codes.reshape(*groups, group.group).astype(np.float32)
+        values = codes.reshape(*scale.shape, group.group).astype(np.float32)
         values -= np.float32(2 ** (group.bits - 1))
         values *= read_floats(scale)[..., None]
-        return values.reshape(shape)
+        return values.reshape(scale.shape[0], shape[1])
 
 
-def _names(module: str, targets: tuple[str, ...]) -> bool:
-    """Whether one of the targets is the module's path or a pattern that matches it."""
-    return any(
-        re.match(t.removeprefix("re:"), module) if t.startswith("re:") else t == module
-        for t in targets
-    )
-
-
-# ---- the config
-
-
-def _block(config: dict[str, Any], source: Path) -> dict[str, Any]:
-    block = config.get("quantization_config")
-    if not isinstance(block, dict):
-        raise ValidationError(
-            f"{source}: quantization_config is {_short(block)}, expected an object; this is not "
-            f"a {METHOD} build"
-        )
-    for key, expected in (("quant_method", METHOD), ("format", PACKED)):
-        if block.get(key) != expected:
-            raise ValidationError(
-                f"{source}: {key} of quantization_config is {_short(block.get(key))}, expected "
-                f"{expected!r}; only {PACKED} builds can be read"
-            )
-    return block
-
-
-def _groups(groups: Any, source: Path) -> tuple[_Group, ...]:
-    if not isinstance(groups, dict) or not groups:
-        raise ValidationError(
-            f"{source}: config_groups is {_short(groups)}, expected an object of groups"
-        )
-    return tuple(_group(name, group, source) for name, group in groups.items())
-
-
-def _group(name: str, group: Any, source: Path) -> _Group:
-    fields = group if isinstance(group, dict) else {}
-    weights = fields.get("weights")
-    weights = weights if isinstance(weights, dict) else {}
-    bits, size = weights.get("num_bits"), weights.get("group_size")
-    if (
-        type(bits) is not int
-        or type(size) is not int
-        or bits not in (4, 8)
-        or size < 1
-        or any(weights.get(key) != value for key, value in _SCHEME.items())
-        or fields.get("input_activations") is not None
-        or fields.get("format", PACKED) != PACKED
-    ):
-        found = {k: weights.get(k) for k in ("num_bits", "group_size", *_SCHEME)}
-        raise ValidationError(
-            f"{source}: {name} of config_groups is {_short(found if weights else group)}, "
-            f"expected {PACKED} weights of type int, symmetric, in groups, 4 or 8 bits, and plain "
-            "activations"
-        )
-    return _Group(name, _patterns(fields.get("targets"), f"targets of {name}", source), bits, size)
-
-
-def _patterns(targets: Any, what: str, source: Path) -> tuple[str, ...]:
-    """A list of module paths, class names and patterns, checked."""
-    if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
-        raise ValidationError(f"{source}: {what} is {_short(targets)}, expected a list of texts")
-    for target in targets:
-        try:
-            re.compile(target.removeprefix("re:"))
-        except (re.error, RecursionError, OverflowError) as error:
-            raise ValidationError(
-                f"{source}: {what} has {_short(target)}, which is not a pattern ({error})"
-            ) from error
-    return tuple(targets)
-
-
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
-    return text if len(text) <= 120 else f"{text[:120]}..."
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 # ---- the model
@@ -225,6 +193,8 @@ def _short(value: Any) -> str:
 
 def _shape(name: str, g: ModelConfig) -> tuple[int, ...] | None:
     """The tensor's shape in the checkpoint; None for a name the model does not have."""
+    if name == "lm_head.weight" and not g.tie_word_embeddings:
+        return g.vocab_size, g.hidden_size
     found = _NAME.fullmatch(name)
     if found is None:
         return None

@@ -6,8 +6,9 @@ llama.cpp reads ``tokenizer.chat_template`` and, for chats with tools, ``.tool_u
 
 import re
 
-from gguf import GGUFReader, GGUFWriter, Keys
+from gguf import GGUFWriter, Keys
 
+from lfmq.formats.gguf.scan import Header
 from lfmq.formats.huggingface.chat_template import DEFAULT, ChatTemplates
 
 _PREFIX = Keys.Tokenizer.CHAT_TEMPLATE + "."
@@ -34,11 +35,9 @@ def as_stored(templates: ChatTemplates) -> dict[str, str]:
     }
 
 
-def stored_templates(reader: GGUFReader) -> dict[str, str]:
+def stored_templates(header: Header) -> dict[str, str]:
     """The templates a file holds, by name."""
     keys = {Keys.Tokenizer.CHAT_TEMPLATE: DEFAULT} | {
-        key: key.removeprefix(_PREFIX) for key in reader.fields if key.startswith(_PREFIX)
+        key: key.removeprefix(_PREFIX) for key in header.fields if key.startswith(_PREFIX)
     }
-    return {
-        name: reader.fields[key].contents() for key, name in keys.items() if key in reader.fields
-    }
+    return {name: str(header.value(key)) for key, name in keys.items() if key in header.fields}

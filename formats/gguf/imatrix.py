@@ -6,17 +6,18 @@ The layout follows llama.cpp's tools/imatrix/imatrix.cpp (``save_imatrix``): a G
 ``llama-quantize`` divides the sums by the counts.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from gguf import GGUFReader, GGUFWriter, TensorNameMap, get_tensor_name_map
+from gguf import GGMLQuantizationType, GGUFWriter, TensorNameMap, get_tensor_name_map
 from numpy.typing import NDArray
 
 from lfmq.formats.gguf.names import ARCHITECTURES, split_expert, tensor_name
+from lfmq.formats.gguf.scan import FieldType, TensorInfo, read_run, scan_gguf
 from lfmq.quant.errors import PlanError, ValidationError
 from lfmq.quant.types import InputStats
 
@@ -24,6 +25,11 @@ MAGIC = b"GGUF"
 _TABLE = ARCHITECTURES["lfm2_moe"].tensors  # has the names of models without experts too
 _TYPE, _DATASETS = "general.type", "imatrix.datasets"
 _CHUNKS, _CHUNK_SIZE = "imatrix.chunk_count", "imatrix.chunk_size"
+_FIELDS = {
+    _DATASETS: FieldType.STRING,
+    _CHUNKS: FieldType.UINT32,
+    _CHUNK_SIZE: FieldType.UINT32,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,38 +111,37 @@ def read_imatrix(
     Raises:
         ValidationError: not an importance matrix, of another model, damaged.
     """
-    try:
-        file = GGUFReader(path)
-        fields = {key: _content(file, key) for key in (_TYPE, _DATASETS, _CHUNKS, _CHUNK_SIZE)}
-        tensors = {t.name: t.data for t in file.tensors}
-    except OSError as error:
-        raise ValidationError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
-        raise ValidationError(f"{path}: not a readable GGUF file ({error})") from error
-    if fields[_TYPE] != "imatrix":
+    header = scan_gguf(path)
+    if header.value(_TYPE) != "imatrix":
         raise ValidationError(
-            f"{path}: {_TYPE} is {fields[_TYPE]!r}, expected 'imatrix' (what llama-imatrix writes)"
+            f"{path}: {_TYPE} is {header.value(_TYPE)!r:.60}, expected 'imatrix' (what "
+            "llama-imatrix writes)"
         )
-    for key in (_DATASETS, _CHUNKS, _CHUNK_SIZE):
-        if fields[key] is None:
+    for key, kind in _FIELDS.items():
+        field = header.fields.get(key)
+        if field is None:
             raise ValidationError(f"{path}: metadata key {key!r} is missing")
+        if field.type is not kind or isinstance(field.value, list) != (key == _DATASETS):
+            raise ValidationError(
+                f"{path}: {key} is {field.value!r:.60} ({field.type.name}), expected {kind.name}"
+            )
     names = get_tensor_name_map(_TABLE, layers)
     experts: dict[str, int] = {}
     for name in columns:
         key, expert = split_expert(name)
         experts[key] = max(experts.get(key, 0), 1 + (expert or 0))
-    inputs = dict(_inputs(path, tensors, columns, experts, names, frozenset(optional)))
-    return Imatrix(inputs, tuple(fields[_DATASETS]), fields[_CHUNKS], fields[_CHUNK_SIZE])
-
-
-def _content(file: GGUFReader, key: str) -> Any:
-    field = file.get_field(key)
-    return None if field is None else field.contents()
+    inputs = dict(_inputs(path, header.tensors, columns, experts, names, frozenset(optional)))
+    return Imatrix(
+        inputs,
+        tuple(header.value(_DATASETS)),
+        header.value(_CHUNKS),
+        header.value(_CHUNK_SIZE),
+    )
 
 
 def _inputs(
     path: Path,
-    tensors: Mapping[str, NDArray[Any]],
+    tensors: Mapping[str, TensorInfo],
     columns: Mapping[str, int],
     experts: Mapping[str, int],
     names: TensorNameMap,
@@ -155,15 +160,18 @@ def _inputs(
 
 
 def _values(
-    path: Path, tensors: Mapping[str, NDArray[Any]], name: str, shape: tuple[int, int]
+    path: Path, tensors: Mapping[str, TensorInfo], name: str, shape: tuple[int, int]
 ) -> NDArray[np.float32]:
-    found = tensors.get(name)
+    info = tensors.get(name)
     wanted = f"expected float32 {list(shape)}"
-    if found is None:
+    if info is None:
         raise ValidationError(f"{path}: {name} is missing, {wanted}; is it of another model?")
-    if found.dtype != np.float32 or found.size != shape[0] * shape[1] or found.ndim > 2:
-        what = f"{found.dtype} {list(found.shape)}"
+    whole = len(info.shape) <= 2 and math.prod(info.shape) == shape[0] * shape[1]
+    if info.type is not GGMLQuantizationType.F32 or not whole:
+        kind = "float32" if info.type is GGMLQuantizationType.F32 else info.type.name
+        what = f"{kind} {list(info.shape)}"
         raise ValidationError(f"{path}: {name} is {what}, {wanted}; is it of another model?")
+    found = read_run(info.path, info.offset, info.nbytes).view(np.float32)
     if not (np.isfinite(found) & (found >= 0)).all():
         raise ValidationError(f"{path}: {name} holds a negative or not finite value")
     return found.reshape(shape)

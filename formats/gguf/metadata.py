@@ -17,9 +17,11 @@ from gguf import (
 
 from lfmq.formats.build import Assets
 from lfmq.formats.gguf.chat_template import add_templates
+from lfmq.formats.gguf.general import add_authorship, add_sampling
 from lfmq.formats.gguf.names import ARCHITECTURES
 from lfmq.formats.gguf.pretokenizer import text_rules
 from lfmq.formats.gguf.special_vocabulary import add_special_vocabulary
+from lfmq.formats.gguf.user_metadata import add_metadata
 from lfmq.formats.huggingface.chat_template import chat_templates
 from lfmq.formats.huggingface.side_files import without_mark
 from lfmq.formats.plan import ModelConfig, Plan
@@ -66,6 +68,7 @@ def header_bytes(
         writer.add_shortconv_l_cache(plan.config.conv_L_cache)
         writer.add_vocab_size(plan.config.vocab_size)
         _add_tokenizer(writer, plan.config, assets)
+        add_metadata(writer, assets.metadata)
         for t in tensors:
             kind = GGMLQuantizationType.F32 if t.type is None else t.type
             writer.add_tensor_info(
@@ -83,7 +86,8 @@ def _add_general(
     writer: GGUFWriter, plan: Plan, assets: Assets, main_type: GGMLQuantizationType
 ) -> None:
     writer.add_type("model")
-    writer.add_name(assets.name)
+    add_authorship(writer, assets)
+    add_sampling(writer, assets)
     writer.add_size_label(_size_label(plan))
     writer.add_file_type(int(_file_type(main_type)))
     writer.add_quantization_version(2)

@@ -8,6 +8,8 @@ from gguf import MODEL_ARCH, TensorNameMap, get_tensor_name_map
 from lfmq.formats.plan import ModelConfig, ModelType
 
 _EXPERT = re.compile(r"^model\.(.*\.experts)\.(\d+)\.(.*)$")
+# llama.cpp reads it for lfm2 and lfm2moe alike (load_arch_tensors); gguf-py lists it for lfm2.
+HEAD = "output.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,8 @@ def split_expert(name: str) -> tuple[str, int | None]:
 
 def tensor_name(key: str, names: TensorNameMap) -> str:
     """The GGUF name for a key of :func:`split_expert`."""
+    if key == "lm_head.weight":
+        return HEAD
     if key.endswith(".expert_bias"):
         key += ".bias"
     name: str | None = names.get_name(key, try_suffixes=(".weight", ".bias"))

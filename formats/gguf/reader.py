@@ -1,104 +1,181 @@
-"""Reads a GGUF build back under checkpoint names, through gguf-py's reader and dequantizers."""
+"""Reads a GGUF build back under checkpoint names, with gguf-py's dequantizers.
 
-from collections.abc import Callable
+A build of several files (``NAME-00001-of-00003.gguf``, llama.cpp's ``gguf-split``) is read whole
+from its first one, as llama.cpp does.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from gguf import GGUFReader
-from gguf.quants import dequantize
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize, quant_shape_to_byte_shape
 from numpy.typing import NDArray
 
-from lfmq.formats.gguf.names import ARCHITECTURES, name_map, split_expert, tensor_name
-from lfmq.formats.plan import ModelConfig, ModelType, without_experts
+from lfmq.formats.gguf.keys import read_keys
+from lfmq.formats.gguf.names import HEAD, name_map, split_expert, tensor_name
+from lfmq.formats.gguf.scan import Header, TensorInfo, read_run, scan_gguf
+from lfmq.formats.gguf.splits import split_files
+from lfmq.formats.plan import Plan, Role
 from lfmq.quant.errors import ValidationError
 
-# llama.cpp's own value when the key is missing: the reader must see what the runtime will do
-_DEFAULT_ROPE_THETA = 10_000.0
+EMBEDDING = "token_embd.weight"
+# Types whose bytes mean a weight each; all others are blocks of integers with scales.
+_FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
+# What gguf-py has but llama.cpp does not load a weight of.
+_NO_WEIGHTS = ("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K")
 
 
 class GgufReader:
-    """An opened GGUF file; tensors stay on disk until read."""
+    """An opened GGUF build; tensors stay on disk until read."""
 
     def __init__(self, path: Path) -> None:
-        try:
-            self._file = GGUFReader(path)
-        except (OSError, ValueError, KeyError, IndexError) as error:
-            raise ValidationError(f"{path}: not a readable GGUF file ({error})") from error
         self._path = path
-        self._tensors = {t.name: t for t in self._file.tensors}
-        self.config = self._read_config()
+        first = scan_gguf(path)
+        self._tensors = _all_tensors(first)
+        if EMBEDDING not in self._tensors:
+            raise ValidationError(f"{path}: tensor {EMBEDDING!r} is missing")
+        self.header = first
+        tied = HEAD not in self._tensors  # llama.cpp's rule
+        config = read_keys(first, self._tensors[EMBEDDING].shape[0])
+        self.config = replace(config, tie_word_embeddings=tied)
         self._names = name_map(self.config)
 
-    def _value(self, key: str, default: Any = None) -> Any:
-        field = self._file.get_field(key)
-        if field is not None:
-            return field.contents()
-        if default is None:
-            raise ValidationError(f"{self._path}: metadata key {key!r} is missing")
-        return default
+    def check(self, model: Plan) -> None:
+        """The file holds the model's tensors in their shapes, and no other.
 
-    def _read_config(self) -> ModelConfig:
-        model_type = self._model_type()
-        prefix = ARCHITECTURES[model_type].name
+        Raises:
+            ValidationError: a tensor is missing, unexpected, or of another shape or type.
+        """
+        expected = self._expected(model)
+        for name, shape in expected.items():
+            tensor = self._tensor(name)
+            if tensor.shape != shape:
+                raise ValidationError(
+                    f"{tensor.path}: tensor {name} is {list(tensor.shape)}, expected "
+                    f"{list(shape)}; write the build again"
+                )
+            if tensor.type.name in _NO_WEIGHTS:
+                raise ValidationError(
+                    f"{tensor.path}: tensor {name} has type {tensor.type.name}, which holds no "
+                    "weights"
+                )
+        for name, tensor in self._tensors.items():
+            if name not in expected:
+                raise ValidationError(
+                    f"{tensor.path}: has a tensor {name!r} that this model does not have and "
+                    "llama.cpp may compute with; the file is of another model, or of a model "
+                    "with a head of its own"
+                )
 
-        def value(key: str, default: Any = None) -> Any:
-            return self._value(f"{prefix}.{key}", default)
+    def _expected(self, model: Plan) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the file's tensors; the experts of a projection are one."""
+        found: dict[str, tuple[int, ...]] = {}
+        for entry in model.entries:
+            shape = entry.shape
+            if entry.role is Role.CONV_KERNEL:  # [H, 1, L] is stored as [H, L]
+                shape = (shape[0], shape[2])
+            if entry.expert is not None:
+                shape = (model.config.num_experts, *shape)
+            found[tensor_name(split_expert(entry.name)[0], self._names)] = shape
+        return found
 
-        kv_heads = value("attention.head_count_kv")
-        hidden, heads = value("embedding_length"), value("attention.head_count")
-        return ModelConfig(
-            hidden_size=hidden,
-            intermediate_size=value("feed_forward_length"),
-            num_hidden_layers=value("block_count"),
-            **_expert_facts(model_type, value),
-            model_type=model_type,
-            num_attention_heads=heads,
-            num_key_value_heads=max(kv_heads),
-            head_dim=hidden // heads,
-            conv_L_cache=value("shortconv.l_cache"),
-            vocab_size=self._tensor("token_embd.weight").shape[1].item(),
-            max_position_embeddings=value("context_length"),
-            norm_eps=value("attention.layer_norm_rms_epsilon"),
-            rope_theta=value("rope.freq_base", _DEFAULT_ROPE_THETA),
-            layer_types=tuple("full_attention" if n else "conv" for n in kv_heads),
-            bos_token_id=self._value("tokenizer.ggml.bos_token_id", 11),
-            eos_token_id=self._value("tokenizer.ggml.eos_token_id", 11),
-        )
-
-    def _model_type(self) -> ModelType:
-        found = self._value("general.architecture")
-        for model_type, architecture in ARCHITECTURES.items():
-            if architecture.name == found:
-                return model_type
-        known = " or ".join(repr(a.name) for a in ARCHITECTURES.values())
-        raise ValidationError(f"{self._path}: architecture {found!r}, expected {known}")
-
-    def _tensor(self, name: str) -> Any:
+    def _tensor(self, name: str) -> TensorInfo:
         if name not in self._tensors:
             raise ValidationError(f"{self._path}: tensor {name!r} is missing")
         return self._tensors[name]
 
-    def read(self, name: str) -> NDArray[np.float32]:
-        """The dequantized tensor, float32, in the checkpoint's shape."""
+    def is_float(self, name: str) -> bool:
+        """Whether the tensor is stored as floats, not as integers with scales."""
+        key, _ = split_expert(name)
+        return self._tensor(tensor_name(key, self._names)).type in _FLOATS
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
+        """The dequantized tensor or a run of its rows, float32, in the checkpoint's shape.
+
+        Raises:
+            ValidationError: the build lacks it or is damaged.
+        """
         key, expert = split_expert(name)
         tensor = self._tensor(tensor_name(key, self._names))
-        data = tensor.data if expert is None else tensor.data[expert]
-        values: NDArray[np.float32] = dequantize(data, tensor.tensor_type).astype(
-            np.float32, copy=False
-        )
+        shape = tensor.shape if expert is None else tensor.shape[1:]
+        if expert is not None and not (len(tensor.shape) > 1 and expert < tensor.shape[0]):
+            raise ValidationError(f"{self._path}: {name} is missing")
+        bytes_of = quant_shape_to_byte_shape(shape, tensor.type)
+        row = int(np.prod(bytes_of[1:]))  # of the first dimension; a vector's are its items
+        if len(shape) == 1:
+            start, stop, row = 0, 1, tensor.nbytes
+            rows: tuple[int, ...] = bytes_of
+        else:
+            stop = shape[0] if stop is None else min(stop, shape[0])
+            rows = (stop - start, *bytes_of[1:])
+        offset = tensor.offset + (expert or 0) * shape[0] * row + start * row
+        data = read_run(tensor.path, offset, (stop - start) * row).reshape(rows)
+        values = _floats(data, tensor, name)
         return values[:, None, :] if name.endswith(".conv.conv.weight") else values
 
 
-def _expert_facts(model_type: ModelType, value: Callable[[str], Any]) -> dict[str, Any]:
-    if model_type == "lfm2":
-        return without_experts(value("block_count"))
-    return {
-        "moe_intermediate_size": value("expert_feed_forward_length"),
-        "num_dense_layers": value("leading_dense_block_count"),
-        "num_experts": value("expert_count"),
-        "num_experts_per_tok": value("expert_used_count"),
-    }
+def _floats(data: NDArray[np.uint8], tensor: TensorInfo, name: str) -> NDArray[np.float32]:
+    try:
+        values: NDArray[np.float32] = dequantize(data, tensor.type)
+    except (NotImplementedError, ValueError) as error:
+        raise ValidationError(
+            f"{tensor.path}: {name} has type {tensor.type.name}, which gguf-py cannot dequantize"
+        ) from error
+    return values.astype(np.float32, copy=False)
+
+
+# ---- several files
+
+
+def _all_tensors(first: Header) -> dict[str, TensorInfo]:
+    """Those of all files; llama.cpp's ``llama_model_loader`` asks for the same keys and names."""
+    count = first.value("split.count")
+    if count in (None, 0, 1):
+        return dict(first.tensors)
+    path, files = first.path, split_files(first.path)
+    if first.value("split.no") != 0:
+        raise ValidationError(
+            f"{path}: part {_part(first)} of a build of several files; give the first one, "
+            "...-00001-of-....gguf"
+        )
+    if count != len(files) or files[0] != path:
+        raise ValidationError(
+            f"{path}: split.count is {count!r}, expected the number in a name that ends with "
+            "-00001-of-0000N.gguf; the files of a split build keep their names"
+        )
+    tensors = dict(first.tensors)
+    for number, header in enumerate(_others(files), 1):
+        if header.value("split.no") != number or header.value("split.count") != count:
+            raise ValidationError(
+                f"{header.path}: part {_part(header)}, expected {number + 1} of {count}; fetch "
+                "the parts again"
+            )
+        if both := tensors.keys() & header.tensors.keys():
+            raise ValidationError(f"{header.path}: {min(both)!r} is also in another part")
+        tensors |= header.tensors
+    total = first.value("split.tensors.count")
+    if total != len(tensors):
+        raise ValidationError(
+            f"{path}: split.tensors.count is {total!r}, the parts have {len(tensors)} tensors"
+        )
+    return tensors
+
+
+def _others(files: tuple[Path, ...]) -> Iterator[Header]:
+    for file in files[1:]:
+        if not file.is_file():
+            raise ValidationError(
+                f"{file}: missing; a build of {len(files)} files needs all of them beside one "
+                "another"
+            )
+        yield scan_gguf(file)
+
+
+def _part(header: Header) -> str:
+    number, count = header.value("split.no"), header.value("split.count")
+    return f"{number + 1 if isinstance(number, int) else number!r} of {count!r}"
 
 
 def open_reader(path: Path) -> GgufReader:

@@ -1,26 +1,24 @@
 """The model card (README.md) that goes into a build's folder.
 
-The front matter's keys are the Hub's (https://huggingface.co/docs/hub/model-cards); the license is
-the checkpoint's own, taken from the front matter of its card.
+The front matter's keys are the Hub's (https://huggingface.co/docs/hub/model-cards); license,
+languages and tags are the checkpoint's own, taken from the front matter of its card.
 """
 
-import re
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from jinja2 import Environment, StrictUndefined
 
 from lfmq.formats.build import Assets, FileLayout
+from lfmq.formats.huggingface.front_matter import base_models, front_matter
 from lfmq.formats.plan import Plan, TensorPlan
 from lfmq.formats.versions import PROVEN, checkpoint_concerns, known_bad, plan_concerns
 
 _TEMPLATE = """\
 ---
-library_name: {{ runtime.library }}
-pipeline_tag: text-generation
-tags: [{{ runtime.library }}, {{ model_type }}, quantized]
 {% for key, value in facts -%}
-{{ key }}: "{{ value }}"
+{{ key }}: {{ value }}
 {% endfor -%}
 ---
 
@@ -59,12 +57,6 @@ CHECKPOINT FOLDER` measures perplexity, KL divergence
 {{ "and whether the router still picks the same experts" if sparse else "and top-1 agreement" }}.
 """
 
-# What may stand between quotes in YAML and be a license, a link to one, or a Hub id.
-_LICENSE = re.compile(
-    r'^(license(?:_name|_link)?):[ \t]*(["\']?)([\w.:/+-]{1,200})\2[ \t]*$', re.M
-)
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
@@ -101,8 +93,7 @@ def model_card(
     """
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
     text = environment.from_string(_TEMPLATE).render(
-        facts=_facts(assets),
-        model_type=plan.config.model_type,
+        facts=_facts(assets, [runtime.library, plan.config.model_type, "quantized"]),
         sparse=bool(plan.config.moe_layers),
         name=" ".join(assets.name.split()),
         recipe=plan.recipe,
@@ -114,18 +105,21 @@ def model_card(
     return text.encode()
 
 
-def _facts(assets: Assets) -> list[tuple[str, str]]:
-    """Front matter known from the checkpoint: its Hub id and license, where it states them."""
-    facts = []
-    base = assets.config_json.get("_name_or_path")
-    if isinstance(base, str) and _HUB_ID.fullmatch(base):  # else a path on somebody's machine
-        facts.append(("base_model", base))
-    card = assets.files.get("README.md", b"").decode("utf-8", "replace").replace("\r\n", "\n")
-    if card.startswith("---\n"):
-        front = card[4:].partition("\n---")[0]
-        licenses = {key: value for key, _, value in _LICENSE.findall(front)}
-        facts += sorted(licenses.items())
-    return facts
+def _facts(assets: Assets, tags: list[str]) -> list[tuple[str, str]]:
+    """The front matter's keys and values, of which texts and lists are as YAML takes JSON."""
+    card, bases = front_matter(assets), base_models(assets)
+    known = {
+        "library_name": tags[0],
+        "pipeline_tag": card.pipeline_tag or "text-generation",
+        "tags": list(dict.fromkeys([*tags, *card.tags])),
+        "base_model": bases[0] if len(bases) == 1 else list(bases),
+        "base_model_relation": "quantized" if bases else "",
+        "license": card.license,
+        "license_name": card.license_name,
+        "license_link": card.license_link,
+        "language": list(card.language),
+    }
+    return [(k, json.dumps(v, ensure_ascii=False)) for k, v in known.items() if v]
 
 
 def _rows(

@@ -80,10 +80,11 @@ def other_templates(assets: Assets) -> tuple[str, ...]:
 def build_files(assets: Assets) -> dict[str, bytes]:
     """The files of a checkpoint as a build's folder carries them, by name.
 
-    Runtimes look for templates in different places (transformers.js 4 in
-    ``tokenizer_config.json`` alone), so each place has the ones transformers uses. A file that
-    says so already keeps its bytes, and so does every other file, but for a byte order mark,
-    which JSON readers refuse.
+    Runtimes look for templates in different places, so each place has the ones transformers uses:
+    the Jinja files all of them, ``tokenizer_config.json`` the default one as a text, which is all
+    that transformers.js 4 reads and all that onnxruntime-genai 0.18 takes there. A file that says
+    so already keeps its bytes, and so does every other file, but for a byte order mark, which
+    JSON readers refuse.
 
     Raises:
         CheckpointError: as :func:`chat_templates`, or a template's name cannot be a file's.
@@ -101,12 +102,13 @@ def build_files(assets: Assets) -> dict[str, bytes]:
         path = JINJA if name == DEFAULT else f"{ADDITIONAL}{name}.jinja"
         if path not in files or _text(files[path], assets.folder / path) != source:
             files[path] = source.encode()
-    for name in (TOKENIZER_CONFIG, PROCESSOR):
-        if name in other_templates(assets):
-            del files[name]
+    if PROCESSOR in other_templates(assets):
+        del files[PROCESSOR]
     config = json_object(assets, TOKENIZER_CONFIG)
-    if config.get(_KEY) is None or TOKENIZER_CONFIG not in files:
-        files[TOKENIZER_CONFIG] = as_json(config | {_KEY: _as_value(named)})
+    if config.get(_KEY) != named.get(DEFAULT):
+        own = {} if DEFAULT not in named else {_KEY: named[DEFAULT]}
+        kept = {key: value for key, value in config.items() if key != _KEY}
+        files[TOKENIZER_CONFIG] = as_json(kept | own)
     return files
 
 
@@ -144,10 +146,3 @@ def _of_value(given: Any, source: Path) -> dict[str, str]:
             "with a name and a template of their own, or an object of templates by name"
         )
     return named
-
-
-def _as_value(named: dict[str, str]) -> Any:
-    """As ``save_pretrained`` of transformers writes it without Jinja files."""
-    if list(named) == [DEFAULT]:
-        return named[DEFAULT]
-    return [{"name": name, "template": source} for name, source in named.items()]

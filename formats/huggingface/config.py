@@ -1,9 +1,11 @@
-"""From a checkpoint's ``config.json`` to a :class:`Geometry`, strict about what it needs."""
+"""From a checkpoint's ``config.json`` to a :class:`ModelConfig`, strict about what it needs."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+from lfmq.formats.huggingface.config_keys import check_keys
+from lfmq.formats.huggingface.json_file import parse_object
+from lfmq.formats.huggingface.rope import rope_theta
 from lfmq.formats.plan import ModelConfig, without_experts
 from lfmq.quant.errors import CheckpointError
 
@@ -29,32 +31,42 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_bytes())
-        json.dumps(config, ensure_ascii=False).encode()  # a lone surrogate cannot be written again
+        content = path.read_bytes()
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: not found; {folder} is not a checkpoint folder") from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: expected a JSON object")
-    if config.get("model_type") not in _FEED_FORWARD:
-        raise CheckpointError(
-            f"{path}: model_type is {_short(config.get('model_type'))}, expected 'lfm2_moe' or "
-            "'lfm2'; only LFM2 and LFM2.5 text models are supported"
-        )
+    config = parse_object(content, path, finite=True)
+    _check_type(config, path)
     return config
+
+
+def _check_type(config: dict[str, Any], path: Path) -> None:
+    found = config.get("model_type")
+    if isinstance(found, str) and found in _FEED_FORWARD:
+        return
+    if any(key in config for key in ("text_config", "vision_config", "audio_config")):
+        raise CheckpointError(
+            f"{path}: model_type is {_short(found)}, a multimodal checkpoint; only text models "
+            "are supported: save its language model alone, with save_pretrained"
+        )
+    raise CheckpointError(
+        f"{path}: model_type is {_short(found)}, expected 'lfm2_moe' or 'lfm2'; only LFM2 and "
+        "LFM2.5 text models are supported"
+    )
 
 
 def parse_config(raw: dict[str, Any], source: Path) -> ModelConfig:
     """The model's facts; ``source`` is named in errors.
 
     Raises:
-        CheckpointError: a key is missing, of the wrong type, or contradicts another.
+        CheckpointError: a key is missing, of the wrong type, contradicts another, or may change
+            what the model computes in a way that is not known.
     """
     number: dict[str, Any] = {key: _integer(raw, key, source, least=1) for key in _POSITIVE}
     types = _layer_types(raw, number["num_hidden_layers"], source)
+    # transformers lets the older name win
+    tie = "tie_embedding" if "tie_embedding" in raw else "tie_word_embeddings"
     derived = number["hidden_size"] // number["num_attention_heads"]
     given = raw if raw.get("head_dim") is not None else {"head_dim": derived}
     config = ModelConfig(
@@ -63,12 +75,14 @@ def parse_config(raw: dict[str, Any], source: Path) -> ModelConfig:
         model_type=raw["model_type"],
         head_dim=_integer(given, "head_dim", source, least=1),
         norm_eps=_real(raw.get("norm_eps"), "norm_eps", source),
-        rope_theta=_rope_theta(raw, source),
+        rope_theta=_real(rope_theta(raw, source), "rope_theta", source),
         layer_types=types,
         bos_token_id=_token(raw, "bos_token_id", source),
         eos_token_id=_token(raw, "eos_token_id", source),
         pad_token_id=_token(raw, "pad_token_id", source),
+        tie_word_embeddings=_flag(raw, tie, source),
     )
+    check_keys(raw, source)
     _check_consistent(raw, config, source)
     return config
 
@@ -115,10 +129,7 @@ _FEED_FORWARD = {"lfm2_moe": _routed_facts, "lfm2": _dense_facts}
 
 
 def _check_consistent(config: dict[str, Any], g: ModelConfig, source: Path) -> None:
-    # transformers lets the older name win
-    tied = config.get("tie_embedding", config.get("tie_word_embeddings", True))
     problems = (
-        (not tied, "tie_word_embeddings is false, LFM2 checkpoints tie the head"),
         (bool(config.get("conv_bias")), "conv_bias is true, which is not supported"),
         (
             g.num_experts_per_tok > g.num_experts,
@@ -173,7 +184,7 @@ def _token(config: dict[str, Any], key: str, source: Path) -> int | None:
     value = config.get(key)
     if isinstance(value, list):  # some configs list several end tokens; the first ends a turn
         value = value[0] if value else None
-    if value is None:
+    if value in (None, -1):  # older configs say -1 for none
         return None
     last = config["vocab_size"] - 1
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= last:
@@ -181,20 +192,6 @@ def _token(config: dict[str, Any], key: str, source: Path) -> int | None:
             f"{source}: {key} is {_short(value)}, expected a token from 0 to {last}"
         )
     return value
-
-
-def _rope_theta(config: dict[str, Any], source: Path) -> float:
-    """Flat ``rope_theta`` or nested ``rope_parameters``; never a default (see model facts)."""
-    nested = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(nested, dict):
-        raise CheckpointError(f"{source}: rope_parameters is {_short(nested)}, expected an object")
-    kind = nested.get("rope_type", "default")
-    if kind != "default":
-        raise CheckpointError(
-            f"{source}: rope_type is {_short(kind)}, only 'default' is supported"
-        )
-    value = nested.get("rope_theta", config.get("rope_theta"))
-    return _real(value, "rope_theta", source)
 
 
 def _layer_types(config: dict[str, Any], layers: int, source: Path) -> tuple[Any, ...]:

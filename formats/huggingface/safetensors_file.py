@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from lfmq.formats.huggingface.json_file import refuse_pointer
 from lfmq.quant.errors import CheckpointError
 from lfmq.quant.types import widened
 
@@ -58,6 +59,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             start = file.read(8)
+            _refuse_others(path, start + file.read(40))
+            file.seek(8)
             if len(start) < 8:
                 raise CheckpointError(f"{path}: {size} bytes, too short for a safetensors file")
             (length,) = struct.unpack("<Q", start)
@@ -82,6 +85,17 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         ) from error
     _check_coverage(path, tensors, 8 + length, size)
     return tensors
+
+
+def _refuse_others(path: Path, start: bytes) -> None:
+    """Files of other kinds under a safetensors name, by how they begin."""
+    refuse_pointer(path, start)
+    kinds = {b"GGUF": "a GGUF file", b"PK\x03\x04": "a pickle file of torch"}
+    for mark, kind in kinds.items():
+        if start.startswith(mark):
+            raise CheckpointError(
+                f"{path}: {kind}, not safetensors; download the safetensors of the checkpoint"
+            )
 
 
 def _tensor(path: Path, name: str, fields: dict[str, Any], base: int) -> StoredTensor:

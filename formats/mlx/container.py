@@ -91,6 +91,11 @@ def check(plan: Plan, assets: Assets) -> None:
             f"config.json: conv_L_cache is {g.conv_L_cache}, with which mlx-lm's convolution "
             "cache keeps every token instead of none"
         )
+    if not g.tie_word_embeddings:
+        raise UnsupportedError(
+            "lm_head.weight: differs from the embedding, mlx-lm's classes for LFM2 have no head "
+            "but the embedding"
+        )
     for entry in plan.entries:
         check_scheme(entry, SCHEMES, NAME)
     for _, entries in _modules(plan):

@@ -6,8 +6,6 @@ docs/onnx.md lists files, tensors and layouts.
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-import onnx
 from onnx import TensorProto, helper
 
 from lfmq.formats.build import (
@@ -22,9 +20,16 @@ from lfmq.formats.build import (
 from lfmq.formats.huggingface.card import Runtime, model_card
 from lfmq.formats.huggingface.chat_template import build_files
 from lfmq.formats.huggingface.end_tokens import as_value, end_tokens, stating_end_tokens
+from lfmq.formats.huggingface.front_matter import (
+    base_models,
+    front_matter,
+    hub_id,
+    sampling_settings,
+)
 from lfmq.formats.huggingface.side_files import GENERATION_CONFIG, json_object
+from lfmq.formats.onnx.genai import MODEL_FILE, genai_decoder
 from lfmq.formats.onnx.graph import GraphBuilder
-from lfmq.formats.onnx.reader import DATA_FILE, MODEL_FILE
+from lfmq.formats.onnx.placement import DATA_FILE, external, place_tensors
 from lfmq.formats.onnx.reader import open_reader as open_reader
 from lfmq.formats.onnx.tensors import DataTensor, float_dtype
 from lfmq.formats.plan import Plan, TensorPlan
@@ -36,9 +41,6 @@ SUFFIX = "-onnx"
 WIDTHS: WidthScope = "expert"
 _GROUPS = (32, 64, 128)
 SCHEMES: Held = dict.fromkeys(("symmetric", "affine_zero_point"), dict.fromkeys((4, 8), _GROUPS))
-# a page: what runtimes map at a time (onnx.proto, external_data); smaller tensors share pages
-_PAGE = 4096
-_SMALL = 64
 _RUNTIME = Runtime(
     library="onnx",
     needs="onnxruntime 1.31 or later, onnxruntime-genai 0.18 or later",
@@ -98,12 +100,14 @@ def layout(plan: Plan, assets: Assets) -> BuildLayout:
     """Graph, data file, the two configs and the tokenizer's files."""
     builder = GraphBuilder(plan)
     builder.build()
-    offsets = _place(builder.tensors)
+    offsets = place_tensors(builder.tensors)
 
-    def external(tensor: DataTensor) -> TensorProto:
-        return _external(tensor, offsets[tensor.alias or tensor.name])
+    def place(tensor: DataTensor) -> TensorProto:
+        return external(tensor, offsets[tensor.alias or tensor.name])
 
-    model = builder.model(external).SerializeToString(deterministic=True)
+    proto = builder.model(place)
+    helper.set_model_props(proto, _properties(plan, assets))
+    model = proto.SerializeToString(deterministic=True)
     size = max(offsets[t.alias or t.name] + t.nbytes for t in builder.tensors)
     constants = tuple(
         (offsets[t.name], t.constant) for t in builder.tensors if t.constant is not None
@@ -128,38 +132,32 @@ def _stored_as(entry: TensorPlan) -> str:
     return str(entry.storage)
 
 
-def _place(tensors: list[DataTensor]) -> dict[str, int]:
-    """The offset of each tensor that has bytes of its own."""
-    offsets: dict[str, int] = {}
-    end = 0
-    for tensor in tensors:
-        if tensor.alias is not None:
-            continue
-        alignment = _PAGE if tensor.nbytes >= _PAGE else _SMALL
-        offsets[tensor.name] = -(-end // alignment) * alignment
-        end = offsets[tensor.name] + tensor.nbytes
-    return offsets
-
-
-def _external(tensor: DataTensor, offset: int) -> TensorProto:
-    """The initializer that points into the data file."""
-    proto = TensorProto(
-        name=tensor.name,
-        data_type=helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype)),
-        dims=tensor.shape,
-        data_location=TensorProto.EXTERNAL,
-    )
-    place = {"location": DATA_FILE, "offset": str(offset), "length": str(tensor.nbytes)}
-    for key, value in place.items():
-        proto.external_data.append(onnx.StringStringEntryProto(key=key, value=value))
-    return proto
-
-
 def _segments(tensor: DataTensor, offsets: dict[str, int]) -> Iterator[Segment]:
     for index, part in enumerate(tensor.parts):
         nbytes = tensor.nbytes // len(tensor.parts)
         offset = offsets[tensor.name] + index * nbytes
         yield Segment(offset, nbytes, part.sources, part.pack, part.by_rows)
+
+
+def _properties(plan: Plan, assets: Assets) -> dict[str, str]:
+    """What the graph says of its model, in ``metadata_props``; known keys have ONNX's own names.
+
+    https://github.com/onnx/onnx/blob/main/docs/MetadataProps.md
+    """
+    card = front_matter(assets)
+    known = {
+        "name": assets.name,
+        "recipe": plan.recipe,
+        "model_author": hub_id(assets).partition("/")[0],
+        "model_license": card.license_name or card.license,
+        "license_link": card.license_link,
+        "base_model": ", ".join(base_models(assets)),
+        "language": ", ".join(card.language),
+        "tags": ", ".join(card.tags),
+        "pipeline_tag": card.pipeline_tag,
+        "url": card.url,
+    }
+    return {key: value for key, value in known.items() if value}
 
 
 def _config(plan: Plan, assets: Assets) -> dict[str, Any]:
@@ -188,40 +186,12 @@ def _genai_config(plan: Plan, assets: Assets) -> dict[str, Any]:
         "vocab_size": g.vocab_size,
         "context_length": g.max_position_embeddings,
         **{key: value for key, value in tokens.items() if value is not None},
-        "decoder": _genai_decoder(plan),
+        "decoder": genai_decoder(plan.config),
     }
     search = {
         "max_length": g.max_position_embeddings,
         "past_present_share_buffer": False,
         "do_sample": bool(generation.get("do_sample", False)),
-        **{key: generation[key] for key in _SEARCH_KEYS if key in generation},
+        **{k: v for k, v in sampling_settings(assets).items() if k in _SEARCH_KEYS},
     }
     return {"model": model, "search": search}
-
-
-def _genai_decoder(plan: Plan) -> dict[str, Any]:
-    g = plan.config
-    return {
-        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
-        "filename": MODEL_FILE,
-        "head_size": g.head_dim,
-        "hidden_size": g.hidden_size,
-        "num_attention_heads": g.num_attention_heads,
-        "num_key_value_heads": g.num_key_value_heads,
-        "num_hidden_layers": g.num_hidden_layers,
-        "layer_types": list(g.layer_types),
-        "conv_cache_size": g.conv_L_cache,
-        "inputs": {
-            "input_ids": "input_ids",
-            "attention_mask": "attention_mask",
-            "past_key_names": "past_key_values.%d.key",
-            "past_value_names": "past_key_values.%d.value",
-            "past_conv_names": "past_conv.%d",
-        },
-        "outputs": {
-            "logits": "logits",
-            "present_key_names": "present.%d.key",
-            "present_value_names": "present.%d.value",
-            "present_conv_names": "present_conv.%d",
-        },
-    }

@@ -220,9 +220,15 @@ class GraphBuilder:
         )  # fmt: skip
 
     def _head(self, x: str) -> None:
-        """The embedding once more; its bytes are in the file only once."""
-        entry = self._entries["model.embed_tokens.weight"]
-        if entry.scheme is None:
+        """A head of its own, or the embedding once more; its bytes are in the file only once."""
+        own = self._entries.get("lm_head.weight")
+        entry = own or self._entries["model.embed_tokens.weight"]
+        if own is not None and own.scheme is None:
+            table = self._float(own.name)
+            logits = self._op("FusedMatMul", "/lm_head", x, table, transB=1)
+        elif own is not None:
+            logits = self._linear(x, "lm_head")
+        elif entry.scheme is None:
             table = entry.name
             if entry.storage != "float32":
                 table = f"/{table}/cast/output"

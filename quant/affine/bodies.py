@@ -18,17 +18,17 @@ T = torch.Tensor
 class AffineLine(Line):
     """A grid with offsets: floats of ``affine_bias``, zero points of ``affine_zero_point``."""
 
-    def search(self, w: F32, h: F32, form: Form, scale: F32, offset: F32) -> bool:
-        """Fill in scales and offsets."""
+    def search(self, w: Any, h: F32, form: Form, scale: F32, offset: F32, *target: Any) -> bool:
+        """Choose scales and offsets and round."""
         spans, moves = SPANS[form.grid, form.bits], MOVES[form.grid, form.bits]
-        top = np.float32(form.highest_code)
-        return bool(search_rows(w, h, _is_bias(form), top, spans, moves, scale, offset))
+        bias, top = _is_bias(form), np.float32(form.highest_code)
+        return bool(search_rows(w, h, bias, top, spans, moves, scale, offset, *target))
 
     def refit(self, gradient: F32, h: F32, level: F32, form: Form, scale: F32, offset: F32,
-              along: F32, up: F32) -> None:  # fmt: skip
-        """Move scales and offsets."""
+              change: F32) -> None:  # fmt: skip
+        """Refit scales, offsets and codes."""
         bias, top = _is_bias(form), np.float32(form.highest_code)
-        refit_rows(gradient, h, level, bias, top, scale, offset, along, up)
+        refit_rows(gradient, h, level, bias, top, scale, offset, change)
 
     def search_torch(self, x: T, h: T, form: Form) -> tuple[T, T]:
         """Scales and offsets [N] of a group [N, g]."""

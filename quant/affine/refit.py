@@ -9,7 +9,7 @@ codes.
 import numpy as np
 
 from lfmq.quant.kernels import inner, kernel
-from lfmq.quant.line.kernels import load_group
+from lfmq.quant.line.kernels import descend, load_group
 from lfmq.quant.simd import (
     LANES,
     half,
@@ -30,25 +30,26 @@ _ALIKE = np.float32(2.0**-16)
 
 
 @kernel
-def refit_rows(gradient, h, level, bias, top, scale, offset, along, up):
-    """Move scales and offsets of a group [N, g]; fill in the steps along codes and beside."""
+def refit_rows(gradient, h, level, bias, top, scale, offset, change):
+    """Refit scales, offsets and codes of a group [N, g]; fill in the change of its weights."""
     g = np.empty((gradient.shape[1], LANES), np.float32)
     q = np.empty((gradient.shape[1], LANES), np.float32)
+    d = np.empty((gradient.shape[1], LANES), np.float32)
+    lowest, highest = splat(_ZERO), splat(top)
     for row in range(0, gradient.shape[0], LANES):
         load_group(gradient, row, 0, g)
         load_group(level, row, 0, q)
         block = row // LANES
         s, o = load(scale[block], 0), load(offset[block], 0)
-        zero = splat(_ZERO) if bias else o
+        zero = lowest if bias else o
         sums = _measure(g, q, h, zero)
         if bias:
-            s, o, ds, db = _refit_bias(s, o, sums)
+            s, o, along, up = _refit_bias(s, o, sums)
         else:
-            s, o, ds, db = _refit_zero(s, o, top, zero, sums)
+            s, o, along, up = _refit_zero(s, o, top, zero, sums)
         store(scale[block], 0, s)
         store(offset[block], 0, o)
-        store(along[block], 0, ds)
-        store(up[block], 0, db)
+        descend(g, q, d, h, s, along, up, None, lowest, highest, row, level, change)
 
 
 @inner

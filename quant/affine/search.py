@@ -16,7 +16,7 @@ float32, without fused multiply-add.
 import numpy as np
 
 from lfmq.quant.kernels import inner, kernel
-from lfmq.quant.line.kernels import load_group
+from lfmq.quant.line.kernels import load_group, settle
 from lfmq.quant.simd import (
     LANES,
     absolute,
@@ -62,14 +62,20 @@ MOVES = {
 
 
 @kernel
-def search_rows(w, h, bias, top, spans, moves, scale, offset):
-    """Fill in scales and offsets of rows [N, n g]; False for a weight float16 lacks."""
+def search_rows(w, h, bias, top, spans, moves, scale, offset, u, out, error):
+    """Choose scales and offsets of rows [N, n g] and round; False for a weight float16 lacks.
+
+    The last three are those of ``settle``.
+    """
     group, sound = w.shape[1] // scale.shape[1], True
     x = np.empty((group, LANES), np.float32)
+    e = np.empty((group, LANES), np.float32)
+    lowest, highest = splat(_ZERO), splat(top)
     for row in range(0, w.shape[0], LANES):
         for i in range(scale.shape[1]):
-            load_group(w, row, i * group, x)
-            importance = h[i * group : (i + 1) * group]
+            column = i * group
+            load_group(w, row, column, x)
+            importance = h[column : column + group]
             low, high, finite = _find_range(x)
             if bias:
                 s, o = _search_bias(x, importance, low, high, top, spans, moves)
@@ -78,6 +84,8 @@ def search_rows(w, h, bias, top, spans, moves, scale, offset):
             sound = finite and sound
             store(scale[row // LANES], i, s)
             store(offset[row // LANES], i, o)
+            b = o if bias else -(s * o)
+            settle(x, e, u, s, b, None, lowest, highest, _ZERO, row, column, out, error)
     return sound
 
 

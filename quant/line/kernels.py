@@ -1,14 +1,13 @@
-"""Kernels of all grids with a scale for each group: they round, once scales are chosen.
+"""What kernels of all grids with a scale for each group share: to load a group and to round it.
 
-Scales and what level 0 stands for, ``base``, are float32 [N / 16, n, 16]: of n groups of sixteen
-rows. N is a multiple of 16, g the columns of a group; a table of levels may be None
+N rows, a multiple of 16; g columns of a group. A table of levels may be None
 (``lfmq.quant.columns``).
 """
 
 import numpy as np
 
 from lfmq.quant.columns import refit_levels, round_columns, spread, to_code
-from lfmq.quant.kernels import inner, kernel
+from lfmq.quant.kernels import inlined, inner
 from lfmq.quant.simd import (
     LANES,
     load,
@@ -23,7 +22,7 @@ from lfmq.quant.simd import (
 _ONE = np.float32(1)
 
 
-@inner
+@inlined
 def load_group(w, row, column, x):
     """Columns of sixteen rows as scratch [g, 16]."""
     for j in range(0, x.shape[0], 2 * LANES):
@@ -37,60 +36,36 @@ def store_group(w, row, x):
         store_columns(w, row, j, x, j)
 
 
-@kernel
-def round_rows(w, levels, low, high, zero, scale, base, codes):
-    """Fill in the codes [N, K] of rows, with ``zero`` the code of level 0."""
-    group = w.shape[1] // scale.shape[1]
-    x = np.empty((group, LANES), np.float32)
-    lowest, highest, middle = splat(low), splat(high), splat(zero)
-    for row in range(0, w.shape[0], LANES):
-        for g in range(scale.shape[1]):
-            load_group(w, row, g * group, x)
-            b = load(base[row // LANES], g)
-            inverse = ratio(splat(_ONE), load(scale[row // LANES], g))
-            for j in range(group):
-                code = to_code((load(x, j) - b) * inverse, levels, lowest, highest)
-                store(x, j, code + middle)
-            for j in range(0, group, 2 * LANES):
-                store_codes(codes, row, g * group + j, x, j)
+@inlined
+def settle(x, e, u, s, b, levels, lowest, highest, zero, row, column, out, error):
+    """Round a group [g, 16] of sixteen rows whose scale s and base b are chosen.
 
-
-@kernel
-def round_group(w, u, levels, low, high, scale, base, level, error):
-    """Fill in the levels [N, g] of a group of columns and the error to spread, [N, g].
-
-    u [g, g] is the factor of the group.
+    To nearest when u is None: fills in codes, ``out`` [N, K], with ``zero`` that of level 0. Else,
+    with u the factor [g, g] of the group's columns, fills in its levels, ``out`` [N, g], and the
+    error to spread, [N, g]; e is scratch for it.
     """
-    x = np.empty((w.shape[1], LANES), np.float32)
-    e = np.empty((w.shape[1], LANES), np.float32)
-    lowest, highest = splat(low), splat(high)
-    for row in range(0, w.shape[0], LANES):
-        load_group(w, row, 0, x)
-        s, b = load(scale[row // LANES], 0), load(base[row // LANES], 0)
-        inverse = ratio(splat(_ONE), s)
-        round_columns(x, e, u, 0, w.shape[1], s, inverse, b, levels, lowest, highest)
-        store_group(level, row, x)
+    inverse = ratio(splat(_ONE), s)
+    if u is None:
+        for j in range(x.shape[0]):
+            code = to_code((load(x, j) - b) * inverse, levels, lowest, highest)
+            store(x, j, code + splat(zero))
+        for j in range(0, x.shape[0], 2 * LANES):
+            store_codes(out, row, column + j, x, j)
+    else:
+        round_columns(x, e, u, 0, x.shape[0], s, inverse, b, levels, lowest, highest)
+        store_group(out, row, x)
         store_group(error, row, e)
 
 
-@kernel
-def descend_group(gradient, h, levels, low, high, scale, along, up, level, change):
+@inner
+def descend(g, q, d, h, s, along, up, levels, lowest, highest, row, level, change):
     """Move weights by the steps of scale and base, then each level; fill in their change [N, g].
 
-    gradient [N, g] is half the loss's before, h [g, g] the group's moments, scale the new one.
+    g [g, 16] is half the loss's gradient before, q the levels, d scratch, h the group's moments,
+    s the new scale.
     """
-    group = gradient.shape[1]
-    g = np.empty((group, LANES), np.float32)
-    q = np.empty((group, LANES), np.float32)
-    d = np.empty((group, LANES), np.float32)
-    lowest, highest = splat(low), splat(high)
-    for row in range(0, gradient.shape[0], LANES):
-        load_group(gradient, row, 0, g)
-        load_group(level, row, 0, q)
-        block = row // LANES
-        spread(g, q, d, h, 0, group, load(along[block], 0), load(up[block], 0))
-        s = load(scale[block], 0)
-        inverse = ratio(splat(_ONE), s)
-        refit_levels(g, q, d, h, 0, group, s, inverse, levels, lowest, highest)
-        store_group(level, row, q)
-        store_group(change, row, d)
+    spread(g, q, d, h, 0, q.shape[0], along, up)
+    inverse = ratio(splat(_ONE), s)
+    refit_levels(g, q, d, h, 0, q.shape[0], s, inverse, levels, lowest, highest)
+    store_group(level, row, q)
+    store_group(change, row, d)

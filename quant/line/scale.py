@@ -5,7 +5,9 @@ order.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
 import torch
 
 from lfmq.quant.grid import F32, Form
@@ -26,16 +28,16 @@ class ScaleLine(Line):
     def __init__(self, targets: Mapping[int, F32]) -> None:
         self.targets = targets
 
-    def search(self, w: F32, h: F32, form: Form, scale: F32, offset: F32) -> bool:
-        """Fill in scales."""
-        low, high = limits_of(form)
-        targets = self.targets[form.bits]
-        return bool(search_rows(w, h, table_of(form), low, high, targets, scale))
+    def search(self, w: Any, h: F32, form: Form, scale: F32, offset: F32, *target: Any) -> bool:
+        """Choose scales and round."""
+        (low, high), zero = limits_of(form), np.float32(form.zero_point)
+        targets, table = self.targets[form.bits], table_of(form)
+        return bool(search_rows(w, h, table, low, high, zero, targets, scale, *target))
 
     def refit(self, gradient: F32, h: F32, level: F32, form: Form, scale: F32, offset: F32,
-              along: F32, up: F32) -> None:  # fmt: skip
-        """Move scales."""
-        refit_rows(gradient, h, level, scale, along)
+              change: F32) -> None:  # fmt: skip
+        """Refit scales and levels."""
+        refit_rows(gradient, h, level, table_of(form), *limits_of(form), scale, change)
 
     def search_torch(self, x: T, h: T, form: Form) -> tuple[T, T]:
         """Scales [N] of a group [N, g]."""

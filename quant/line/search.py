@@ -16,8 +16,8 @@ Scales are float32 [N / 16, n, 16], of n groups.
 import numpy as np
 
 from lfmq.quant.columns import to_level
-from lfmq.quant.kernels import inner, kernel
-from lfmq.quant.line.kernels import load_group
+from lfmq.quant.kernels import inlined, inner, kernel
+from lfmq.quant.line.kernels import descend, load_group, settle
 from lfmq.quant.simd import (
     LANES,
     absolute,
@@ -37,22 +37,28 @@ _ZERO, _ONE, _TWO = np.float32(0), np.float32(1), np.float32(2)
 
 
 @kernel
-def search_rows(w, h, levels, low, high, targets, scale):
-    """Fill in the scales of rows [N, n g]; False for a weight float16 lacks."""
+def search_rows(w, h, levels, low, high, zero, targets, scale, u, out, error):
+    """Choose the scales of rows [N, n g] and round; False for a weight float16 lacks.
+
+    The last three are those of ``settle``.
+    """
     group, sound = w.shape[1] // scale.shape[1], True
     x = np.empty((group, LANES), np.float32)
-    lowest, highest = splat(low), splat(high)
+    e = np.empty((group, LANES), np.float32)
+    lowest, highest, nothing = splat(low), splat(high), splat(_ZERO)
     for row in range(0, w.shape[0], LANES):
-        for g in range(scale.shape[1]):
-            load_group(w, row, g * group, x)
-            importance = h[g * group : (g + 1) * group]
+        for i in range(scale.shape[1]):
+            column = i * group
+            load_group(w, row, column, x)
+            importance = h[column : column + group]
             s, finite = _search(x, importance, levels, lowest, highest, targets)
             sound = finite and sound
-            store(scale[row // LANES], g, s)
+            store(scale[row // LANES], i, s)
+            settle(x, e, u, s, nothing, levels, lowest, highest, zero, row, column, out, error)
     return sound
 
 
-@inner
+@inlined
 def _search(x, h, levels, low, high, targets):
     """The best float16 scale of each lane, and False for a weight float16 lacks."""
     peak, sound = _find_peak(x)
@@ -67,7 +73,7 @@ def _search(x, h, levels, low, high, targets):
     return half(ratio(xq, qq)), sound
 
 
-@inner
+@inlined
 def _find_peak(x):
     """The largest weight of each lane with its sign; False when one is no finite float16."""
     peak, size, outside = splat(_ZERO), splat(_ZERO), splat(_ZERO)
@@ -80,7 +86,7 @@ def _find_peak(x):
     return peak, not any_above(outside, splat(_ZERO))
 
 
-@inner
+@inlined
 def _fit(x, h, inverse, levels, low, high):
     """Sums h x q and h q q of the levels q that an inverse scale gives."""
     xq, qq = splat(_ZERO), splat(_ZERO)
@@ -94,16 +100,18 @@ def _fit(x, h, inverse, levels, low, high):
 
 
 @kernel
-def refit_rows(gradient, h, level, scale, along):
-    """Move the scales of a group [N, g]; fill in their steps."""
+def refit_rows(gradient, h, level, levels, low, high, scale, change):
+    """Refit scales and levels of a group [N, g]; fill in the change of its weights."""
     g = np.empty((gradient.shape[1], LANES), np.float32)
     q = np.empty((gradient.shape[1], LANES), np.float32)
+    d = np.empty((gradient.shape[1], LANES), np.float32)
+    lowest, highest, nothing = splat(low), splat(high), splat(_ZERO)
     for row in range(0, gradient.shape[0], LANES):
         load_group(gradient, row, 0, g)
         load_group(level, row, 0, q)
         s, step = _refit(g, q, h, load(scale[row // LANES], 0))
         store(scale[row // LANES], 0, s)
-        store(along[row // LANES], 0, step)
+        descend(g, q, d, h, s, step, nothing, levels, lowest, highest, row, level, change)
 
 
 @inner

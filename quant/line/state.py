@@ -16,22 +16,28 @@ import torch
 from numpy.typing import NDArray
 
 from lfmq.quant.grid import F32, Form, Stored
-from lfmq.quant.line.kernels import descend_group, round_group, round_rows
 from lfmq.quant.simd import LANES, whole_lanes
 from lfmq.quant.state import UNSOUND, Bodies, GridState, by_rows
 from lfmq.quant.torch_math import LARGEST, inverse_of
 
 T = torch.Tensor
 
-_AT_ONCE = 2**17  # weights whose rows are searched, then rounded, while a cache holds them
-
 
 class Line(ABC):
     """How one grid chooses scale and offset of a group."""
 
     @abstractmethod
-    def search(self, w: F32, h: F32, form: Form, scale: F32, offset: F32) -> bool:
-        """Fill in scales and offsets of rows [N, n g] with importance h [n g], compiled.
+    def search(self, w: Any, h: F32, form: Form, scale: F32, offset: F32, *target: Any) -> bool:
+        """Choose scales and offsets of rows [N, n g] with importance h [n g] and round, compiled.
+
+        Args:
+            w: float32, or uint16 with the bits of bfloat16.
+            h: importance.
+            form: of the weight.
+            scale: filled in, as the offset.
+            offset: as the grid counts it.
+            target: what ``lfmq.quant.line.kernels.settle`` takes: no factor and codes to fill in,
+                or a group's factor, levels and error.
 
         Returns:
             False for a weight that is NaN, Inf or beyond float16.
@@ -39,18 +45,17 @@ class Line(ABC):
 
     @abstractmethod
     def refit(self, gradient: F32, h: F32, level: F32, form: Form, scale: F32, offset: F32,
-              along: F32, up: F32) -> None:  # fmt: skip
-        """Move scales and offsets of a group [N, g] to lower the loss, compiled.
+              change: F32) -> None:  # fmt: skip
+        """Refit a group [N, g] to lower the loss, compiled.
 
         Args:
             gradient: half the loss's, [N, g].
             h: the group's moments, [g, g].
-            level: [N, g].
+            level: [N, g], changed in place, as scale and offset.
             form: of the weight.
-            scale: changed in place, as the offset.
+            scale: of the group.
             offset: as the grid counts it.
-            along: becomes the steps that a weight moves along its level.
-            up: becomes those it moves beside that; zeros when it comes.
+            change: [N, g], filled in with what was added to the weights.
         """
 
     @abstractmethod
@@ -119,15 +124,7 @@ def _nearest(line: Line, w: NDArray[Any], h: F32, form: Form) -> Stored:
     codes = np.empty(w.shape, np.uint8)
     scale = np.empty((len(w) // LANES, w.shape[1] // form.group, LANES), np.float32)
     offset = np.zeros_like(scale)
-    table, (low, high), zero = table_of(form), limits_of(form), np.float32(form.zero_point)
-    blocks, sound = max(1, _AT_ONCE // (LANES * w.shape[1])), True
-    for start in range(0, len(scale), blocks):
-        part = slice(start, start + blocks)
-        own = slice(start * LANES, (start + blocks) * LANES)
-        sound = line.search(w[own], h, form, scale[part], offset[part]) and sound
-        base = line.base(scale[part], offset[part], form)
-        round_rows(w[own], table, low, high, zero, scale[part], base, codes[own])
-    if not sound:
+    if not line.search(w, h, form, scale, offset, None, codes, None):
         raise ValueError(UNSOUND)
     scale, offset = (a.transpose(0, 2, 1).reshape(len(w), -1)[:rows] for a in (scale, offset))
     stored = line.stored_offset(offset, form)
@@ -168,34 +165,33 @@ class _LineState(GridState):
 
 
 class _Compiled(_LineState):
+    def __init__(
+        self, line: Line, form: Form, rows: int, columns: int, device: torch.device
+    ) -> None:
+        super().__init__(line, form, rows, columns, device)
+        shape = (len(self.scale), -1, 1, LANES)
+        self._arrays = (
+            self.level.numpy(),
+            self.scale.numpy().reshape(shape),
+            self.offset.numpy().reshape(shape),
+        )
+
     def round(self, index: int, w: T, factor: T, cost: T) -> T:
         """Search and round a group of columns."""
-        level, scale, offset = self._arrays(index)
-        found = self.line.search(w.numpy(), cost.numpy(), self.form, scale, offset)
+        level, scale, offset = (a[index] for a in self._arrays)
+        error = torch.empty_like(w)
+        target = (factor.numpy(), level, error.numpy())
+        found = self.line.search(w.numpy(), cost.numpy(), self.form, scale, offset, *target)
         self.sound = found and self.sound
-        error, base = torch.empty_like(w), self.line.base(scale, offset, self.form)
-        round_group(
-            w.numpy(), factor.numpy(), table_of(self.form), *limits_of(self.form),
-            scale, base, level, error.numpy(),
-        )  # fmt: skip
         return error
 
     def descend(self, index: int, gradient: T, h: T) -> T:
         """Refit a group of columns."""
-        level, scale, offset = self._arrays(index)
-        along, up, change = np.empty_like(scale), np.zeros_like(scale), torch.empty_like(gradient)
+        level, scale, offset = (a[index] for a in self._arrays)
+        change = torch.empty_like(gradient)
         g, within = gradient.numpy(), h.numpy()
-        self.line.refit(g, within, level, self.form, scale, offset, along, up)
-        descend_group(
-            g, within, table_of(self.form), *limits_of(self.form),
-            scale, along, up, level, change.numpy(),
-        )  # fmt: skip
+        self.line.refit(g, within, level, self.form, scale, offset, change.numpy())
         return change
-
-    def _arrays(self, index: int) -> tuple[F32, F32, F32]:
-        """Levels [N, g], scales and offsets [N / 16, 1, 16] of a group, to be changed in place."""
-        scale, offset = (a[index].numpy().reshape(-1, 1, LANES) for a in (self.scale, self.offset))
-        return self.level[index].numpy(), scale, offset
 
 
 class _Torch(_LineState):

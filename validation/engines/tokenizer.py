@@ -6,11 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gguf import GGUFReader
-
 from lfmq.formats.build import Assets
 from lfmq.formats.gguf.chat_template import as_stored, stored_templates
 from lfmq.formats.gguf.metadata import tokenizer_vocabulary
+from lfmq.formats.gguf.scan import scan_gguf
 from lfmq.formats.huggingface.chat_template import ADDITIONAL, JINJA, PROCESSOR, chat_templates
 from lfmq.formats.versions import KNOWN_BAD
 from lfmq.quant.errors import LfmqError
@@ -89,10 +88,6 @@ def _from_folder(path: Path, assets: Assets) -> _Facts:
 
 
 def _from_gguf(path: Path) -> _Facts:
-    reader = GGUFReader(path)
-
-    def value(key: str) -> Any:
-        field = reader.get_field(f"tokenizer.{key}")
-        return None if field is None else field.contents()
-
-    return value("ggml.tokens"), value("ggml.token_type"), stored_templates(reader)
+    header = scan_gguf(path)
+    tokens, kinds = (header.value(f"tokenizer.ggml.{key}") for key in ("tokens", "token_type"))
+    return tokens, kinds, stored_templates(header)

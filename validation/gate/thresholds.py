@@ -1,7 +1,6 @@
 """Limits of a release gate: which there are, and the TOML file that states them."""
 
 import json
-import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -32,6 +31,7 @@ RELATIVE = {
     "max_routing_below_read": ROUTING,
 }
 _ALL = LIMITS | RELATIVE
+_BEYOND = 1e300  # larger than any limit
 _TOLERANCE = 2.0
 
 
@@ -136,8 +136,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
         raise ValidationError(f"{path}: cannot be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValidationError(f"{path}: not TOML ({error})") from error
+    except (ValueError, RecursionError) as error:  # bad syntax, bad text, a number of 5000 digits
+        raise ValidationError(f"{path}: not TOML ({error!s:.150})") from error
 
 
 def _baseline_path(path: Path, name: Any) -> Path | None:
@@ -192,4 +192,5 @@ def _numbers(
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # compared, not converted: an integer of TOML can be beyond any float
+    return type(value) in (int, float) and -_BEYOND < value < _BEYOND

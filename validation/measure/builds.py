@@ -8,11 +8,13 @@ from typing import Any, Literal
 from lfmq.converter.checkpoint.checkpoint import Checkpoint
 from lfmq.converter.model.forward import Model
 from lfmq.converter.model.tensors import expected_tensors
+from lfmq.converter.run.open_build import open_build
 from lfmq.formats.build import Reader
-from lfmq.formats.registry import FORMATS, build_nbytes, detect_format
+from lfmq.formats.registry import build_nbytes
 from lfmq.quant.errors import ValidationError
 from lfmq.validation.engines.child_process import NATIVE, load_engine, native_version
 from lfmq.validation.engines.installed import build_warnings
+from lfmq.validation.measure.identity import OPTION, why_other
 from lfmq.validation.measure.metadata import Fact, differing_facts
 from lfmq.validation.measure.runs import (
     Comparison,
@@ -48,6 +50,7 @@ class EngineBuild:
         engine_version: of the runtime, or of lfmq and torch.
         facts: metadata that differs from the checkpoint's.
         warnings: known faults of the installed runtimes and of its tokenizer.
+        other: why it is not a build of the checkpoint, where that was allowed; else empty.
     """
 
     path: Path
@@ -58,6 +61,7 @@ class EngineBuild:
     engine_version: str
     facts: tuple[Fact, ...] = ()
     warnings: tuple[str, ...] = ()
+    other: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -96,25 +100,38 @@ class EngineBuild:
             "engine_version": self.engine_version,
             "bytes": self.nbytes,
             "bits_per_weight": self.bits_per_weight,
+            "other_checkpoint": self.other or None,
         }
 
 
 def open_builds(
-    paths: tuple[Path, ...], engines: tuple[Engine, ...], checkpoint: Checkpoint
+    paths: tuple[Path, ...],
+    engines: tuple[Engine, ...],
+    checkpoint: Checkpoint,
+    *,
+    allow_other: bool = False,
 ) -> list[EngineBuild]:
     """Every build in every engine; what cannot run is refused before anything does.
+
+    Args:
+        paths: the builds.
+        engines: each build is there once for each of them.
+        checkpoint: what they are to be builds of.
+        allow_other: take builds of other weights too, and say so of them.
 
     Raises:
         ValidationError: a build cannot be read or is of another model, or a runtime is missing.
     """
+    chosen = tuple(dict.fromkeys(engines))
     return [
-        build for path in paths for build in _open(path, tuple(dict.fromkeys(engines)), checkpoint)
+        build
+        for path in paths
+        for build in _open(path, chosen, checkpoint, allow_other=allow_other)
     ]
 
 
 def _read(path: Path, checkpoint: Checkpoint) -> tuple[str, Reader]:
-    format = detect_format(path)
-    reader = FORMATS[format].open_reader(path)
+    format, reader = open_build(path)
     for key in _COMPARABLE:
         found, wanted = getattr(reader.config, key), getattr(checkpoint.config, key)
         if found != wanted:
@@ -125,13 +142,23 @@ def _read(path: Path, checkpoint: Checkpoint) -> tuple[str, Reader]:
     return format, reader
 
 
-def _open(path: Path, engines: tuple[Engine, ...], checkpoint: Checkpoint) -> list[EngineBuild]:
+def _open(
+    path: Path, engines: tuple[Engine, ...], checkpoint: Checkpoint, *, allow_other: bool
+) -> list[EngineBuild]:
     """One build in every engine."""
     format, reader = _read(path, checkpoint)
+    other = why_other(path, reader, checkpoint)
+    if other and not allow_other:
+        raise ValidationError(
+            f"{path}: not a build of this checkpoint: {other}; give the checkpoint it was made "
+            f"of, or {OPTION} to measure it all the same"
+        )
     facts = differing_facts(path, format, reader.config, checkpoint)
     warnings = build_warnings(path, format, checkpoint.assets)
+    if other:
+        warnings = (f"not a build of this checkpoint ({OPTION}): {other}", *warnings)
     return [
-        EngineBuild(path, format, reader, native, *_engine(format, native), facts, warnings)
+        EngineBuild(path, format, reader, native, *_engine(format, native), facts, warnings, other)
         for native in (engine == "native" for engine in engines)
     ]
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from lfmq.converter.model.blocks import Block, Branch, routed_blocks
 from lfmq.converter.model.forward import Model, ReadWeight, embed, normed, run_layer
-from lfmq.converter.model.tensors import EMBEDDING, FINAL_NORM
+from lfmq.converter.model.tensors import FINAL_NORM, head_of
 from lfmq.validation.measure.predictions import scored_positions
 from lfmq.validation.measure.report import Attribution, ExpertError, LayerDivergence
 from lfmq.validation.measure.runs import Progress, Reference
@@ -66,7 +66,7 @@ def _divergences(
 
     The streams are used up: each is replaced by its final hidden states.
     """
-    head, own = reference.predictor.head, build.weight(EMBEDDING)
+    head, own = reference.predictor.head, build.weight(head_of(build.config))
     part = scored_positions(states.shape[1])
     step = max(1, _HEAD_BYTES // (4 * head.shape[0]))
 

@@ -116,6 +116,7 @@ def compare(
     windows: Windows,
     *,
     engine: Engine = "read",
+    allow_other: bool = False,
     execution: Execution = Execution(),
 ) -> PairedReport:
     """Run two builds on the same tokens; what differs, and whether that is more than chance.
@@ -126,6 +127,7 @@ def compare(
         second: build b.
         windows: the tokens.
         engine: what runs both.
+        allow_other: compare builds of other checkpoints too; the report names them.
         execution: threads of a native runtime, the device of the reference forward, and whom to
             tell of layers and windows.
 
@@ -134,7 +136,7 @@ def compare(
     """
     threads, device = execution.threads, execution.device
     report = execution.counter("comparing", "step")
-    builds = open_builds((first, second), (engine,), checkpoint)
+    builds = open_builds((first, second), (engine,), checkpoint, allow_other=allow_other)
     layers = checkpoint.config.num_hidden_layers
     each = len(windows.ids) if engine == "native" else layers
 

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gguf import GGUFReader
-
 from lfmq.converter.checkpoint.checkpoint import Checkpoint
 from lfmq.formats.gguf.metadata import tokenizer_vocabulary
+from lfmq.formats.gguf.scan import scan_gguf
 from lfmq.formats.gguf.special_vocabulary import merges
 from lfmq.formats.huggingface.end_tokens import end_tokens
 from lfmq.formats.plan import ModelConfig
@@ -32,6 +31,7 @@ _GEOMETRY = (
     "norm_topk_prob",
     "use_expert_bias",
     "routed_scaling_factor",
+    "tie_word_embeddings",
 )
 # A GGUF has no keys for these: llama.cpp's lfm2moe has them fixed.
 _NOT_IN_GGUF = ("norm_topk_prob", "use_expert_bias", "routed_scaling_factor")
@@ -109,11 +109,11 @@ def _file_tokenizer(path: Path, checkpoint: Checkpoint) -> list[Fact]:
 def _gguf_tokenizer(path: Path, checkpoint: Checkpoint) -> list[Fact]:
     g, assets = checkpoint.config, checkpoint.assets
     tokens, _ = tokenizer_vocabulary(assets, g.vocab_size)
-    reader = GGUFReader(path)
+    header = scan_gguf(path)
     facts = []
     for name, wanted in (("tokens", tokens), ("merges", merges(assets))):
-        field = reader.get_field(f"tokenizer.ggml.{name}")
-        found = [] if field is None else field.contents()
+        found = header.value(f"tokenizer.ggml.{name}")
+        found = found if isinstance(found, list) else []
         if found != wanted:
             same = sum(a == b for a, b in zip(found, wanted, strict=False))
             what = f"{len(found)}, {same} of them in the checkpoint's place"

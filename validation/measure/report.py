@@ -109,6 +109,7 @@ class BuildReport:
         attribution: by layer and expert, if it was asked for.
         generation: what generation checks found by mode, if they ran.
         warnings: known faults of the engine.
+        other: why it is not a build of the checkpoint, where that was allowed; else empty.
     """
 
     path: str
@@ -126,6 +127,7 @@ class BuildReport:
     attribution: Attribution | None = None
     generation: Mapping[str, GenerationFigures] | None = None
     warnings: tuple[str, ...] = ()
+    other: str = ""
 
     def value(self, figure: Figure) -> float | None:
         """A figure over all positions; None if it was not measured or is not a number."""
@@ -140,6 +142,7 @@ class BuildReport:
             "engine_version": self.engine_version,
             "bytes": self.nbytes,
             "bits_per_weight": self.bits_per_weight,
+            "other_checkpoint": self.other or None,
         }
         if self.routing is not None:  # null, not absent, for an engine that does not measure it
             _put(document, LOCAL_ROUTING.key, None)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from lfmq.converter.model.blocks import routed_blocks
 from lfmq.converter.model.forward import Model, Trace, run_model
-from lfmq.converter.model.tensors import EMBEDDING
+from lfmq.converter.model.tensors import head_of
 from lfmq.converter.model.text import Windows
 from lfmq.formats.plan import ModelConfig
 from lfmq.quant.errors import ValidationError
@@ -123,7 +123,7 @@ def run_reference(
     trace = run_model(model, windows.ids, observe=observe, progress=progress)
     return Reference(
         windows,
-        Predictor(trace.hidden, model.weight(EMBEDDING)),
+        Predictor(trace.hidden, model.weight(head_of(model.config))),
         _choices(trace, windows.ids),
         {n: _by_window(r.selected, windows.ids) for n, r in trace.routing.items()},
         model.config.num_experts,
@@ -137,7 +137,7 @@ def compare_model(
     """Run a model through the reference forward on the reference's tokens, and compare."""
     ids = reference.windows.ids
     trace = run_model(model, ids, progress=progress)
-    own = Predictor(trace.hidden, model.weight(EMBEDDING))
+    own = Predictor(trace.hidden, model.weight(head_of(model.config)))
     scores = score_positions(reference.predictor, own, ids)
     return _compare(reference, scores, _choices(trace, ids), {})
 

@@ -4,9 +4,8 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from gguf import GGUFReader
-
 from lfmq.converter.checkpoint.checkpoint import Checkpoint
+from lfmq.formats.gguf.scan import scan_gguf
 from lfmq.formats.gguf.special_vocabulary import LLAMA_CPP_ENDS
 from lfmq.formats.huggingface.end_tokens import end_tokens, token_ids, tokenizer_end
 
@@ -24,16 +23,16 @@ def stop_tokens(path: Path, format: str, checkpoint: Checkpoint) -> tuple[set[in
         checkpoint: what it is to be a build of.
 
     Raises:
-        CheckpointError: a file of the build is not a JSON object.
+        LfmqError: a file of the build is not a JSON object, or not a GGUF file.
         OSError: a file cannot be read.
         ValueError: a file is not JSON.
         LookupError: a file lacks a key.
     """
     assets, config = checkpoint.assets, checkpoint.config
     if format == "gguf":
-        fields = GGUFReader(path).fields
+        header = scan_gguf(path)
         keys = (f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot", "eom"))
-        stated = {int(fields[key].contents()) for key in keys if key in fields}
+        stated = {int(header.value(key)) for key in keys if key in header.fields}
         known = {token_ids(assets).get(text, -1) for text in LLAMA_CPP_ENDS}
         return stated, known
     if format == "onnx" and (path / "genai_config.json").is_file():

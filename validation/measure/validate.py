@@ -40,6 +40,7 @@ def validate(
     *,
     engines: tuple[Engine, ...] = ("read",),
     by_layer: bool = False,
+    allow_other: bool = False,
     execution: Execution = Execution(),
 ) -> Report:
     """Run every build in every engine and compare it with the reference.
@@ -54,13 +55,14 @@ def validate(
         engines: ``read`` runs the file's weights through the reference forward, ``native`` the
             file in its format's own runtime.
         by_layer: also attribute the divergence to layers and experts.
+        allow_other: measure builds of other checkpoints too; the report names them.
         execution: threads of the runtimes (torch has its own setting), the device of the
             reference forward, and whom to tell of layers and windows.
 
     Raises:
         ValidationError: a build cannot be read or is of another model, or a runtime fails.
     """
-    opened = open_builds(tuple(builds), engines, checkpoint)
+    opened = open_builds(tuple(builds), engines, checkpoint, allow_other=allow_other)
     threads, device = execution.threads, execution.device
     advance = _count(execution, opened, windows, checkpoint.config.num_hidden_layers, by_layer)
     native = any(build.native for build in opened)
@@ -109,6 +111,7 @@ def report_build(
         facts=build.facts,
         attribution=attribution,
         warnings=build.warnings,
+        other=build.other,
     )
 
 

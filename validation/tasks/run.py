@@ -97,6 +97,7 @@ def check_builds(
     paths: Iterable[Path],
     checks: Checks,
     *,
+    allow_other: bool = False,
     execution: Execution = Execution(),
 ) -> dict[Path, Generation]:
     """Have the checkpoint and finished builds do the tasks.
@@ -105,13 +106,14 @@ def check_builds(
         checkpoint: the reference.
         paths: builds of any format.
         checks: what is asked, and how.
+        allow_other: also builds of other checkpoints.
         execution: the device, and whom to tell of answers.
 
     Raises:
         ValidationError: a build cannot be read or is of another model.
     """
     paths = tuple(dict.fromkeys(paths))
-    opened = open_builds(paths, ("read",), checkpoint)
+    opened = open_builds(paths, ("read",), checkpoint, allow_other=allow_other)
     builds = (build.model(execution.device) for build in opened)
     reference = Model(checkpoint.config, checkpoint.read, device=execution.device)
     total = (1 + len(paths)) * len(checks.tasks.tasks) * (1 + checks.runs)

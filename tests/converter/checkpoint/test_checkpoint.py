@@ -78,14 +78,6 @@ def test_attention_layers_by_index(make_checkpoint):
     assert config.attention_layers == (1, 3)
 
 
-def test_a_second_copy_of_the_tied_head_is_ignored(make_checkpoint):
-    folder = make_checkpoint(change=lambda t: t.update({"lm_head.weight": t[EMBEDDING]}))
-    assert "lm_head.weight" not in open_checkpoint(folder).stored
-    other = make_checkpoint("other", lambda t: t.update({"lm_head.weight": t[EMBEDDING] * 2}))
-    with pytest.raises(CheckpointError, match=r"unexpected tensor lm_head\.weight"):
-        open_checkpoint(other)
-
-
 def test_expert_bias_stays_float32(make_checkpoint):
     bias = np.arange(6, dtype=np.float32) + np.float32(1e-5)
     checkpoint = open_checkpoint(make_checkpoint(change=lambda t: t.update({BIAS: bias})))

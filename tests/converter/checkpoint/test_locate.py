@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from lfmq.converter.checkpoint.checkpoint import open_checkpoint
 from lfmq.converter.checkpoint.locate import locate_checkpoint
 from lfmq.quant.errors import CheckpointError
 
@@ -164,3 +165,47 @@ def test_the_samples_are_found(sample_folder, sample_dense_folder):
 def test_what_is_neither_is_refused(reference):
     with pytest.raises(CheckpointError, match="no such folder, and not a Hub id"):
         locate_checkpoint(reference)
+
+
+@pytest.fixture
+def cached(make_checkpoint, tmp_path):
+    """A snapshot as the Hub's client lays it out: links into blobs."""
+    root = tmp_path / "hub" / "models--LiquidAI--LFM2.5-8B-A1B"
+    snapshot = root / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (root / "blobs").mkdir()
+    for i, path in enumerate(sorted(make_checkpoint().iterdir())):
+        blob = path.rename(root / "blobs" / f"{i:040x}")
+        (snapshot / path.name).symlink_to(os.path.relpath(blob, snapshot))
+    return snapshot
+
+
+def test_a_snapshot_is_named_by_its_repository(cached, tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(cached)
+    monkeypatch.chdir(cached)
+    for path in (str(cached), f"{cached}/", str(tmp_path / "link"), ".", f"../{COMMIT}"):
+        assert locate_checkpoint(path).name == "LFM2.5-8B-A1B", path
+    checkpoint = open_checkpoint(cached)
+    assert checkpoint.assets.name == "LFM2.5-8B-A1B"
+    assert all(path.parent == cached for path in checkpoint.weight_files)
+
+
+def test_the_folder_of_a_repository_stands_for_its_snapshot(cached):
+    root = cached.parents[1]
+    assert locate_checkpoint(str(root)).folder == cached
+    other = cached.with_name("f" * 40)
+    other.mkdir()
+    with pytest.raises(CheckpointError, match=f"2 snapshots; give one, such as {other}"):
+        locate_checkpoint(str(root))
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text(COMMIT)
+    location = locate_checkpoint(str(root))
+    assert (location.folder, location.name) == (cached, "LFM2.5-8B-A1B")
+
+
+@pytest.mark.parametrize("main", ["../../..", "gone", "\xff"])
+def test_a_reference_that_names_no_snapshot(cached, main):
+    root = cached.parents[1]
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text(main, "latin-1")
+    assert locate_checkpoint(str(root)).folder == cached

@@ -167,7 +167,7 @@ def test_a_template_that_fails_is_one_line(sample, source, reason):
 def test_an_endless_template_ends(sample):
     loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     chats = [Chat([USER]), Chat([USER, USER], where="line 2")]
-    with pytest.raises(ChatError, match="line 2: the chat template failed: took more than 1 sec"):
+    with pytest.raises(ChatError, match="line 2: the chat template failed: took more than 1 s;"):
         template(sample, "{% if messages[1] %}" + loop + "{% endif %}").render(chats, Limits(1))
 
 

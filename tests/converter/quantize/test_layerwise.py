@@ -230,7 +230,9 @@ def test_on_a_gpu(sample, calibrated):
     execution = Execution(device="cuda")
     list(calibrated_groups(sample, plan, Calibration(windows), found.update, execution=execution))
     first = "model.layers.0.conv.in_proj.weight"
-    assert np.mean(found[first].scale == calibrated[0][first].scale) > 0.9
+    ours, other = dequantize(calibrated[0][first]), dequantize(found[first])
+    # of 8 bits: sums that differ by a unit in the last place move a scale in six by one as well
+    assert np.linalg.norm(other - ours) < np.linalg.norm(ours - sample.read(first))
     text = windows_of(sample, "evaluation.jsonl", 4096)
     reference = run_reference(Model(sample.config, sample.read), text)
     klds = []

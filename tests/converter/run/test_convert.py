@@ -9,7 +9,7 @@ from lfmq.converter.jobs.execution import Execution, Step
 from lfmq.converter.plan.plan import resolve_plan
 from lfmq.converter.plan.recipe import load_recipe
 from lfmq.converter.run.convert import convert
-from lfmq.converter.run.manifest import verify_build
+from lfmq.converter.run.verify import verify_build
 from lfmq.formats.registry import FORMATS
 from lfmq.quant.errors import PlanError, ValidationError
 

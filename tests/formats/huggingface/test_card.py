@@ -55,6 +55,7 @@ def test_front_matter(
         "pipeline_tag": "text-generation",
         "tags": [module.NAME, "lfm2_moe", "quantized"],
         "base_model": "org/a-model",
+        "base_model_relation": "quantized",
         "license": "other",
         "license_name": "lfm1.0",
         "license_link": "LICENSE",

@@ -66,10 +66,10 @@ def test_templates_are_those_of_transformers(tiny_assets, tmp_path, form):
     again = transformers.AutoTokenizer.from_pretrained(save(built, tmp_path / "b")).chat_template
     again = {"default": again} if isinstance(again, str) else again or {}
     assert again == expected
-    # what transformers.js reads, and what those read that know no list
+    # what transformers.js reads, and what onnxruntime-genai takes: a text
     stated = json.loads(built.files["tokenizer_config.json"]).get("chat_template")
     if expected:
-        assert chat_templates(replace(assets, files=config(assets, stated))).named == expected
+        assert stated == expected.get("default")
         default = built.files.get("chat_template.jinja")
         assert (default or b"").decode().replace("\r\n", "\n").replace("\r", "\n") == expected.get(
             "default", ""

@@ -74,7 +74,7 @@ def test_any_value_gives_a_geometry_or_names_the_file(config):
         ({"rope_parameters": [1]}, r"rope_parameters is \[1\], expected an object"),
         ({"rope_parameters": {"rope_theta": 10**400}}, "rope_theta is 1000"),
         ({"eos_token_id": 320}, "eos_token_id is 320, expected a token from 0 to 319"),
-        ({"bos_token_id": -1}, "bos_token_id is -1"),
+        ({"bos_token_id": -2}, "bos_token_id is -2"),
         ({"pad_token_id": True}, "pad_token_id is True"),
         ({"num_experts": 2**31 - 1}, "num_experts 2147483647 in each of 4 layers"),
         ({"layer_types": None, "full_attn_idxs": [1], "num_hidden_layers": 2**30}, "layer_types"),
@@ -90,6 +90,7 @@ def test_absurd_values_are_refused(config, change, message):
 def test_the_first_of_several_end_tokens_counts(config):
     assert parse_config(config | {"eos_token_id": [7, 2]}, SOURCE).eos_token_id == 7
     assert parse_config(config | {"eos_token_id": []}, SOURCE).eos_token_id is None
+    assert parse_config(config | {"pad_token_id": -1}, SOURCE).pad_token_id is None
 
 
 def test_rope_theta_is_never_a_default(config):

@@ -5,9 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from lfmq.converter.model.tensors import expected_tensors
+from lfmq.converter.run.open_build import open_build
 from lfmq.formats.build import Assets
 from lfmq.formats.mlx import container as mlx
 from lfmq.formats.mlx.names import module_path
@@ -16,6 +19,10 @@ from lfmq.formats.plan import ModelConfig, Plan, TensorPlan
 from lfmq.formats.writing.writer import BuildWriter
 from lfmq.quant.errors import ValidationError
 from lfmq.quant.types import Weight
+
+EMBEDDING = "model.embed_tokens"
+GATE = "model.layers.2.feed_forward.gate"
+Tensors = dict[str, Any]
 
 
 @pytest.fixture
@@ -50,9 +57,6 @@ def test_a_missing_tensor_is_named(build: Path) -> None:
             reader.read(name)
     with pytest.raises(ValidationError, match=r"experts\.6.* not part of this model"):
         reader.read("model.layers.2.feed_forward.experts.6.w1.weight")
-
-
-EMBEDDING = "model.embed_tokens"
 
 
 @pytest.mark.parametrize(
@@ -141,3 +145,117 @@ def test_a_missing_shard(build: Path) -> None:
     (build / "model.safetensors").unlink()
     with pytest.raises(ValidationError, match=r"model\.embed_tokens\.weight is missing"):
         mlx.open_reader(build).read("model.embed_tokens.weight")
+
+
+# ---- what mlx-lm would load and the reader does not know
+
+
+def refusal(build: Path) -> str:
+    with pytest.raises(ValidationError) as caught:
+        open_build(build)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert len(message) < 400
+    return message
+
+
+def change(build: Path, edit: Callable[[Tensors], Any], *, index: bool = True) -> None:
+    """Edit the tensors; the index follows."""
+    path = build / "model.safetensors"
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path, {"format": "mlx"})
+    if index:
+        weight_map = dict.fromkeys(tensors, path.name)
+        (build / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def configure(build: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    path = build / "config.json"
+    config = json.loads(path.read_text())
+    edit(config)
+    config["quantization_config"] = config.get("quantization")
+    path.write_text(json.dumps(config))
+
+
+def test_a_sound_build_is_opened_and_read_by_rows(build: Path) -> None:
+    change(build, lambda tensors: None)
+    format, reader = open_build(build)
+    assert format == "mlx"
+    for name in (f"{GATE}.weight", "model.layers.2.feed_forward.experts.3.w2.weight"):
+        np.testing.assert_array_equal(reader.read(name, 2, 5), reader.read(name)[2:5])
+    assert reader.is_float(f"{GATE}.weight")
+    assert not reader.is_float("model.layers.2.feed_forward.experts.3.w2.weight")
+
+
+def rename(old: str, new: str) -> Callable[[Tensors], None]:
+    return lambda tensors: tensors.update({new: tensors.pop(old)})
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t.update({"lm_head.weight": t[f"{GATE}.weight"]}), "'lm_head.weight' that"),
+        (lambda t: t.update({f"{GATE}.bias": t[f"{GATE}.weight"][:, 0]}), f"'{GATE}.bias'"),
+        (rename(f"{GATE}.weight", f"{GATE}.weights"), f"{GATE}.weight is missing"),
+        (lambda t: t.pop("model.embed_tokens.biases"), "embed_tokens.biases is missing"),
+        (
+            lambda t: t.update(
+                {"model.layers.4.ffn_norm.weight": t["model.embedding_norm.weight"]}
+            ),
+            r"'model.layers.4.ffn_norm.weight'",
+        ),
+        (
+            lambda t: t.update({f"{GATE}.weight": t[f"{GATE}.weight"].T.copy()}),
+            f"{GATE}.weight is F32",
+        ),
+    ],
+)
+def test_tensors_that_are_not_the_models(
+    build: Path, edit: Callable[[Tensors], Any], message: str
+) -> None:
+    change(build, edit)
+    assert message in refusal(build)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda c: c["quantization"].update({"model.layers.9.x": False}), "is no module"),
+        (lambda c: c["quantization"].update({GATE: {"bits": 8, "group_size": 32}}), "scales is"),
+        (lambda c: c["quantization"].update({"model.embed_tokens": False}), "the file has its"),
+        (lambda c: c.update(model_file="x.py"), "model_file is 'x.py'"),
+        (lambda c: c.update(quantize_activations=True), "quantize_activations is True"),
+        (lambda c: c.update(num_experts=10**6), "cannot hold|shape|is U32|expected"),
+        (lambda c: c.update(hidden_size=2**30), "weights, which its|config.json"),
+    ],
+)
+def test_configs_that_say_otherwise(
+    build: Path, edit: Callable[[dict[str, Any]], Any], message: str
+) -> None:
+    configure(build, edit)
+    assert any(part in refusal(build) for part in message.split("|"))
+
+
+def test_two_blocks_that_differ(build: Path) -> None:
+    path = build / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] = {"quant_method": "awq", "bits": 4}
+    path.write_text(json.dumps(config))
+    assert "quantization_config is not what quantization is" in refusal(build)
+
+
+@pytest.mark.parametrize("file", ["../model.safetensors", "/etc/passwd", "", ".", 7, None])
+def test_an_index_that_names_no_file_of_the_folder(build: Path, file: Any) -> None:
+    path = build / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"][f"{GATE}.weight"] = file
+    path.write_text(json.dumps(index))
+    assert "expected the name of a file in the build's folder" in refusal(build)
+
+
+def test_files_beside_the_build(build: Path) -> None:
+    (build / "adapters.safetensors").write_bytes((build / "model.safetensors").read_bytes())
+    assert "a file of tensors that is no part of the build" in refusal(build)
+    (build / "adapters.safetensors").rename(build / "model-2.safetensors")
+    assert "is also in model-2.safetensors" in refusal(build)

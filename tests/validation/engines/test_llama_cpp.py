@@ -97,7 +97,7 @@ def without_rope_base(path: Path) -> None:
     content = path.read_bytes()
     key = b"lfm2moe.rope.freq_base"
     assert content.count(key) == 1
-    path.write_bytes(content.replace(key, key[:-1] + b"_"))
+    path.write_bytes(content.replace(key, b"lfm2mo_" + key[7:]))
 
 
 def swap_experts(path: Path) -> None:

@@ -122,8 +122,14 @@ def test_an_expert_swap_shows(sample, windows, build):
     content[start : start + 2 * nbytes] = second + first
     swapped = path.with_name("swapped.gguf")
     swapped.write_bytes(content)
-    report = validate(sample, [path, swapped], windows)
+    with pytest.raises(ValidationError, match=r"not a build of this .*experts\.[01]\.w2"):
+        validate(sample, [swapped], windows)
+    report = validate(sample, [path, swapped], windows, allow_other=True)
     good, bad = report.builds
+    assert not good.other
+    assert "differ from the checkpoint's" in bad.other
+    assert bad.to_json()["other_checkpoint"] == bad.other
+    assert any("--allow-other" in line for line in bad.warnings)
     assert bad.figures[KLD].value > 10 * good.figures[KLD].value
     assert bad.routing is not None
     assert good.routing is not None

@@ -21,6 +21,7 @@ from lfmq.validation.parity.result import Parity
 from lfmq.validation.parity.run import measure_parity
 
 ROOT = Path(__file__).resolve().parents[3]
+BENCHMARK = ROOT / "benchmarks" / "tokenizer_parity.py"
 # All that genai wants to know of a model whose tokenizer alone it opens.
 GENAI = b'{"model": {"type": "lfm2", "context_length": 256, "decoder": {}}}'
 Build = Callable[[str, str], Path]
@@ -115,7 +116,7 @@ def test_many_added_tokens(
     changed: Callable[[Change], Assets], make_plan: Callable[..., Plan], tmp_path: Path
 ) -> None:
     """64 more, special and not, in the tokenizer files of a folder and in a GGUF of zeros."""
-    added = runpy.run_path(str(ROOT / "benchmarks" / "tokenizer_parity.py"))["added_tokens"](8192)
+    added = runpy.run_path(str(BENCHMARK))["added_tokens"](8192)
     assert len(added) == 64
     assets = changed(lambda tokenizer: tokenizer["added_tokens"].extend(added))
     folder = tmp_path / "folder"
