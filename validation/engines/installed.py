@@ -16,6 +16,7 @@ from packaging.version import InvalidVersion
 from lfmq.formats.build import Assets
 from lfmq.formats.gguf.pretokenizer import USUAL, text_rules
 from lfmq.formats.huggingface.safetensors_file import read_header
+from lfmq.formats.onnx.genai_tokenizer import unlike_genai
 from lfmq.formats.onnx.reader import MODEL_FILE
 from lfmq.formats.plan import Plan
 from lfmq.formats.versions import (
@@ -88,6 +89,12 @@ def plan_warnings(
     ]
     if "gguf" in formats:
         lines += _other_pre_tokenizer(plan, assets)
+    unlike = unlike_genai(assets) if "onnx" in formats else None
+    if unlike is not None:
+        lines.append(
+            f"onnx: onnxruntime-genai {unlike}, as the checkpoint's tokenizer.json asks: it makes "
+            "other tokens of a text; transformers.js and transformers follow the file"
+        )
     stale = from_before_the_update(assets)
     return tuple([*lines, stale] if stale else lines)
 
