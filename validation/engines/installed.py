@@ -17,6 +17,7 @@ from lfmq.formats.build import Assets
 from lfmq.formats.compressed_tensors.config import METHOD, engine_warnings
 from lfmq.formats.gguf.pretokenizer import USUAL, text_rules
 from lfmq.formats.huggingface.safetensors_file import read_header
+from lfmq.formats.onnx.genai_tokenizer import unlike_genai
 from lfmq.formats.onnx.reader import MODEL_FILE
 from lfmq.formats.plan import Plan
 from lfmq.formats.versions import (
@@ -91,6 +92,12 @@ def plan_warnings(
         lines += [f"{METHOD}: {line}" for line in engine_warnings(plan)]
     if "gguf" in chosen:
         lines += _other_pre_tokenizer(plan, assets)
+    unlike = unlike_genai(assets) if "onnx" in formats else None
+    if unlike is not None:
+        lines.append(
+            f"onnx: onnxruntime-genai {unlike}, as the checkpoint's tokenizer.json asks: it makes "
+            "other tokens of a text; transformers.js and transformers follow the file"
+        )
     stale = from_before_the_update(assets)
     return tuple([*lines, stale] if stale else lines)
 
