@@ -4,6 +4,7 @@ import ctypes
 import importlib.util
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from lfmq.converter.checkpoint.checkpoint import Checkpoint
 from lfmq.converter.model.tensors import expected_tensors
@@ -76,6 +77,21 @@ def sample_folder() -> Path:
 def sample_dense_folder() -> Path:
     """The trained dense sample checkpoint."""
     return ROOT / "samples" / "lfm2-tiny"
+
+
+@pytest.fixture(scope="session")
+def short_sample_folder(sample_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sample's first three layers, one of them with experts: a third of the work."""
+    folder = tmp_path_factory.mktemp("short") / "short"
+    shutil.copytree(sample_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"num_hidden_layers": 3, "layer_types": config["layer_types"][:3]}
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = load_file(folder / "model.safetensors")
+    beyond = tuple(f"model.layers.{i}." for i in range(3, 6))
+    kept = {name: w for name, w in weights.items() if not name.startswith(beyond)}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    return folder
 
 
 @pytest.fixture(scope="session")

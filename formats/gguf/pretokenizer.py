@@ -18,26 +18,19 @@ from typing import Any
 
 from lfmq.formats.build import Assets
 from lfmq.formats.gguf.added_tokens import conflict
+from lfmq.formats.huggingface.pretokenizers import (
+    DIGIT,
+    GPT2,
+    ONE_DIGIT,
+    THREE_DIGITS,
+    OtherSplitError,
+    normalizers,
+    short,
+    split_patterns,
+)
 from lfmq.formats.huggingface.side_files import without_mark
 from lfmq.formats.huggingface.special_tokens import special_tokens
 from lfmq.quant.errors import UnsupportedError
-
-# Patterns as tokenizer.json writes them.
-_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_WORDS = r"|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_THREE_DIGITS = _CONTRACTIONS + _WORDS + r"\p{N}{1,3}" + _REST
-_ONE_DIGIT = _CONTRACTIONS + _WORDS + r"\p{N}" + _REST
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_DIGIT = r"\p{N}"
-
-# Other spellings of the same.
-_SPELLINGS = (
-    ("(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])", _CONTRACTIONS),
-    ("'(?i:[sdmt]|ll|ve|re)", _CONTRACTIONS),
-    ("(?:'s|'t|'re|'ve|'m|'ll|'d)", "'s|'t|'re|'ve|'m|'ll|'d"),
-    (r"\p{N}{1}", _DIGIT),
-)
 
 # llama.cpp gives the added tokens of models with these words in general.name other rules.
 _NAMES_WITH_RULES = ("phi-3", "phi3", "modern-bert")
@@ -62,11 +55,11 @@ class PreTokenizer:
 
 # Those whose patterns in llama.cpp equal what tokenizer.json says; some of its others come close.
 PRE_TOKENIZERS = (
-    PreTokenizer("lfm2", (_THREE_DIGITS,), True),
-    PreTokenizer("smaug-bpe", (_THREE_DIGITS,), False),
-    PreTokenizer("qwen2", (_ONE_DIGIT,), False),
-    PreTokenizer("gpt-2", (_GPT2,), False),
-    PreTokenizer("smollm", (_DIGIT, _GPT2), False),
+    PreTokenizer("lfm2", (THREE_DIGITS,), True),
+    PreTokenizer("smaug-bpe", (THREE_DIGITS,), False),
+    PreTokenizer("qwen2", (ONE_DIGIT,), False),
+    PreTokenizer("gpt-2", (GPT2,), False),
+    PreTokenizer("smollm", (DIGIT, GPT2), False),
 )
 USUAL = PRE_TOKENIZERS[0]
 
@@ -100,16 +93,18 @@ def text_rules(assets: Assets, bos: int | None) -> TextRules:
     tokenizer: dict[str, Any] = json.loads(without_mark(content))
     reason = (
         _of_name(assets.name)
-        or _of_normalizer(tokenizer.get("normalizer"))
+        or _of_normalizers(normalizers(tokenizer))
         or _of_model(tokenizer["model"])
         or conflict(tokenizer.get("added_tokens") or ())
     )
     if reason:
         raise _refused(assets, reason)
     try:
-        patterns = tuple(_patterns(tokenizer.get("pre_tokenizer")))
+        patterns = tuple(split_patterns(tokenizer.get("pre_tokenizer")))
         pre = _choose(patterns, bool(tokenizer["model"].get("ignore_merges")), content)
         first, last = _tokens_around(tokenizer, assets, bos)
+    except OtherSplitError as found:
+        raise _refused(assets, f"{found}, which llama.cpp does not have") from None
     except _NotInLlamaCpp as found:
         raise _refused(assets, str(found)) from None
     return TextRules(pre, first, last)
@@ -133,11 +128,8 @@ def _of_name(name: str) -> str | None:
     return None
 
 
-def _of_normalizer(normalizer: dict[str, Any] | None) -> str | None:
-    if not normalizer or normalizer.get("normalizers") == []:
-        return None
-    kinds = [n.get("type") for n in normalizer.get("normalizers") or [normalizer]]
-    return f"normalizes text ({', '.join(map(str, kinds))}), which llama.cpp does not"
+def _of_normalizers(kinds: list[str]) -> str | None:
+    return f"normalizes text ({', '.join(kinds)}), which llama.cpp does not" if kinds else None
 
 
 def _of_model(model: dict[str, Any]) -> str | None:
@@ -161,51 +153,6 @@ def byte_letters() -> list[str]:
 # ---- how text is split
 
 
-def _patterns(node: dict[str, Any] | None) -> Iterator[str]:
-    """The patterns of a pre-tokenizer, in order; its end must be byte-level."""
-    steps = list(_flat(node))
-    if not steps or steps[-1].get("type") != "ByteLevel":
-        raise _NotInLlamaCpp("its pre-tokenizer does not end with ByteLevel, as llama.cpp's do")
-    for step in steps[:-1]:
-        yield _pattern(step)
-    if steps[-1].get("add_prefix_space", True):
-        raise _NotInLlamaCpp("ByteLevel has add_prefix_space, which llama.cpp has not")
-    if steps[-1].get("use_regex", True):
-        yield _GPT2
-
-
-def _flat(node: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    if node is None:
-        return
-    if node.get("type") != "Sequence":
-        yield node
-        return
-    for inner in node.get("pretokenizers") or ():
-        yield from _flat(inner)
-
-
-def _pattern(step: dict[str, Any]) -> str:
-    kind = step.get("type")
-    if kind == "Digits" and step.get("individual_digits"):
-        return _DIGIT
-    pattern = step.get("pattern")
-    regex = pattern.get("Regex") if isinstance(pattern, dict) else None
-    # the same where the pattern takes every character, as all here do but the single digit
-    matches = (step.get("behavior"), bool(step.get("invert"))) in (
-        ("Isolated", False),
-        ("Removed", True),
-    )
-    if kind != "Split" or not isinstance(regex, str) or not matches:
-        settings = [f"{k} {v}" for k, v in step.items() if k not in ("type", "pattern")]
-        named = ", ".join([str(kind), *settings])
-        raise _NotInLlamaCpp(f"has the pre-tokenizer {named[:80]}, which llama.cpp has not")
-    for other, usual in _SPELLINGS:
-        regex = regex.replace(other, usual)
-    if step["behavior"] == "Removed" and regex == _DIGIT:
-        raise _NotInLlamaCpp("removes all but digits, which llama.cpp does not")
-    return regex
-
-
 def _choose(patterns: tuple[str, ...], ignore_merges: bool, content: bytes) -> PreTokenizer:
     """The first that splits so; which words are taken whole matters only where merges fail."""
     same = [pre for pre in PRE_TOKENIZERS if pre.patterns == patterns]
@@ -213,7 +160,7 @@ def _choose(patterns: tuple[str, ...], ignore_merges: bool, content: bytes) -> P
         names = ", ".join(pre.name for pre in PRE_TOKENIZERS)
         unknown = next((p for p in patterns if p not in _KNOWN), patterns[0])
         raise _NotInLlamaCpp(
-            f"splits text by {_short(unknown)}, which equals no pre-tokenizer of llama.cpp "
+            f"splits text by {short(unknown)}, which equals no pre-tokenizer of llama.cpp "
             f"that lfmq knows ({names})"
         )
     odd = None if same[0].ignore_merges == ignore_merges else _unmerged(content)
@@ -222,18 +169,12 @@ def _choose(patterns: tuple[str, ...], ignore_merges: bool, content: bytes) -> P
             return pre
     verb = "ignores" if ignore_merges else "follows"
     raise _NotInLlamaCpp(
-        f"{verb} the merges of words that are tokens ({_short(odd or '')} is one that its merges "
+        f"{verb} the merges of words that are tokens ({short(odd or '')} is one that its merges "
         f"do not give), llama.cpp's {same[0].name} does not"
     )
 
 
 _KNOWN = {pattern for pre in PRE_TOKENIZERS for pattern in pre.patterns}
-
-
-def _short(text: str) -> str:
-    """Quoted, in one line, no longer than a message has room for."""
-    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-    return f"'{line if len(line) <= 60 else line[:57] + '...'}'"
 
 
 @lru_cache(maxsize=4)  # a plan is checked, then laid out

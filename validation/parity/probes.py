@@ -123,10 +123,12 @@ def make_probe(assets: Assets) -> Probe:
     """
     tokenizer = load_tokenizer(assets)
     chats, rendered = _rendered(assets)
+    parts = _whole_tokens(tokenizer)
     by_group = _probe_texts() | {
         ADDED_TOKENS: _around_added_tokens(tokenizer),
         CHATS: rendered,
         ENDS: list(_FRAMED_TEXTS),
+        VOCABULARY: _a_line_each(tokenizer, parts),
     }
     texts = [text for group in by_group.values() for text in group]
     groups, start = {}, 0
@@ -134,8 +136,7 @@ def make_probe(assets: Assets) -> Probe:
         groups[name] = tuple(range(start, start + len(group)))
         start += len(group)
     ids = [e.ids for e in tokenizer.encode_batch(texts, add_special_tokens=False)]
-    parts = _whole_tokens(tokenizer)
-    groups[VOCABULARY] = tuple(range(start, start + len(parts)))
+    groups[VOCABULARY] += tuple(range(start, start + len(parts)))
     sequences = [*ids, *parts]
     expected = TokenizerRun(
         ids=ids,
@@ -174,6 +175,12 @@ def _around_added_tokens(tokenizer: Tokenizer) -> list[str]:
         for t in added
     ]
     return [*texts, "".join(added), " ".join(added), "\n".join(reversed(added))]
+
+
+def _a_line_each(tokenizer: Tokenizer, parts: list[list[int]]) -> list[str]:
+    """Every token as a word of its own: one that is not made as the checkpoint makes it shows."""
+    texts = iter(tokenizer.decode_batch([[i] for part in parts for i in part]))
+    return ["\n".join(next(texts) for _ in part) for part in parts]
 
 
 def _whole_tokens(tokenizer: Tokenizer) -> list[list[int]]:

@@ -12,7 +12,10 @@ from gguf import GGUFReader
 
 from lfmq.formats.build import Assets
 from lfmq.formats.gguf import container
-from lfmq.formats.gguf.pretokenizer import PRE_TOKENIZERS, byte_letters, text_rules
+from lfmq.formats.gguf.pretokenizer import byte_letters, text_rules
+from lfmq.formats.huggingface.pretokenizers import GPT2
+from lfmq.formats.huggingface.pretokenizers import ONE_DIGIT as ONE
+from lfmq.formats.huggingface.pretokenizers import THREE_DIGITS as THREE
 from lfmq.formats.plan import ModelConfig, Plan
 from lfmq.quant.errors import UnsupportedError
 from lfmq.validation.parity.run import measure_parity
@@ -80,7 +83,6 @@ def changed(tiny_assets: Assets) -> Callable[..., Assets]:
     return make
 
 
-THREE, ONE, GPT2 = (PRE_TOKENIZERS[i].patterns[0] for i in (0, 2, 3))
 SPELLED = THREE.replace(
     "(?i:'s|'t|'re|'ve|'m|'ll|'d)", "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
 )

@@ -20,10 +20,10 @@ from lfmq.validation.parity.probes import make_probe
 from lfmq.validation.parity.result import Parity
 from lfmq.validation.parity.run import measure_parity
 
-BENCHMARK = Path(__file__).resolve().parents[3] / "benchmarks" / "tokenizer_parity.py"
-
+ROOT = Path(__file__).resolve().parents[3]
+BENCHMARK = ROOT / "benchmarks" / "tokenizer_parity.py"
 # All that genai wants to know of a model whose tokenizer alone it opens.
-GENAI = b'{"model": {"type": "lfm2", "vocab_size": 8256, "decoder": {}}}'
+GENAI = b'{"model": {"type": "lfm2", "context_length": 256, "decoder": {}}}'
 Build = Callable[[str, str], Path]
 Change = Callable[[dict[str, Any]], None]
 
@@ -194,7 +194,7 @@ def test_a_runtime_that_is_not_installed(
 ) -> None:
     """The child does not find it either."""
     (tmp_path / "onnxruntime_genai.py").write_text("raise ImportError('no genai here')")
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).resolve().parents[4]}")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT.parent}")
     path = convert_sample("int4", "onnx")
     found = measure_parity(assets, {path: "onnx"}, native=False)
     (missing,) = found.not_measured
