@@ -1,5 +1,7 @@
 """The command line: the group of commands, and errors as one line on stderr."""
 
+import io
+import sys
 from typing import Any
 
 import click
@@ -15,12 +17,17 @@ from lfmq.commands.validate import validate
 from lfmq.commands.verify import verify
 from lfmq.quant.errors import LfmqError, UsageError
 
+_LONGEST_LINE = 400  # characters of an error
+
 
 class Commands(click.Group):
     """The one place where library errors become a line on stderr and an exit status."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; see the class."""
+        for stream in (sys.stdout, sys.stderr):  # names of files need not be UTF-8
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
         try:
             return super().invoke(ctx)
         except UsageError as error:
@@ -35,8 +42,17 @@ class Commands(click.Group):
 
 
 def _one_line(text: str) -> str:
-    """Names in a hostile file may hold line ends or escape sequences; they are shown escaped."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    """Names in a hostile file may hold line ends or escape sequences; they are shown escaped.
+
+    What a line quotes may be of any length: a part in the middle is then left out.
+    """
+    if len(text) > 10 * _LONGEST_LINE:
+        text = f"{text[: 5 * _LONGEST_LINE]}{text[-5 * _LONGEST_LINE :]}"
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    if len(line) <= _LONGEST_LINE:
+        return line
+    half = _LONGEST_LINE // 2 - 3
+    return f"{line[:half]} ... {line[-half:]}"
 
 
 @click.group(

@@ -15,6 +15,7 @@ from lfmq.converter.quantize.settings import ExpertCoverage
 from lfmq.converter.statistics.balance import Balanced
 from lfmq.converter.statistics.calibrate import calibrate as gather_statistics
 from lfmq.converter.statistics.statistics import Statistics
+from lfmq.quant.errors import UsageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +84,12 @@ def calibrate(
     Raises:
         CheckpointError: the checkpoint cannot be opened or read.
         PlanError: a file exists or cannot be written.
-        UsageError: ``balance`` is fewer than ``tokens``.
+        UsageError: ``balance`` is fewer than ``tokens``, or ``imatrix`` is ``output``.
         ValidationError: the text, or a file to merge, cannot be used, or a hidden state is not
             finite.
     """
+    if imatrix is not None and Path(imatrix).resolve() == Path(output).resolve():
+        raise UsageError(f"--imatrix and --output are both {str(output)!r}; give two names")
     started, source = time.monotonic(), opened(checkpoint)
     chosen = Text(paths_of(text), tokens, sequence, balance)
     windows, balanced = chosen.calibration_windows(source, execution)

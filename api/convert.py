@@ -23,7 +23,6 @@ from lfmq.converter.run.convert import convert as write_builds
 from lfmq.converter.run.planned import plan_layouts
 from lfmq.converter.statistics.balance import Balanced
 from lfmq.converter.statistics.statistics import Statistics
-from lfmq.formats.build import MetadataValue
 from lfmq.formats.huggingface.front_matter import card_warnings
 from lfmq.quant.errors import UsageError
 from lfmq.validation.engines.installed import plan_warnings
@@ -84,7 +83,7 @@ def convert(
     balance: int | None = None,
     uncalibrated: bool = False,
     name: str | None = None,
-    metadata: Mapping[str, MetadataValue] | None = None,
+    metadata: Mapping[str, Any] | None = None,
     force: bool = False,
     execution: Execution = Execution(),
 ) -> ConversionReport:
@@ -108,7 +107,8 @@ def convert(
         balance: choose the windows among this many tokens of the text.
         uncalibrated: round to nearest, without any text.
         name: of the builds and of the model in them; default: the checkpoint's.
-        metadata: key-values that a GGUF gets beside or in place of those of the card.
+        metadata: key-values that a GGUF gets beside or in place of those of the card: texts,
+            numbers, truth values, or a list of one of them.
         force: replace builds that exist.
         execution: threads or cluster, device, memory, and whom to tell of progress and warnings.
 

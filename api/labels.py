@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from lfmq.converter.checkpoint.checkpoint import Checkpoint
-from lfmq.formats.build import MetadataValue
 from lfmq.formats.gguf.user_metadata import checked
 from lfmq.quant.errors import UsageError
 
@@ -21,7 +21,7 @@ class Labels:
     """
 
     name: str | None = None
-    metadata: Mapping[str, MetadataValue] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def checked(self, formats: Iterable[str]) -> "Labels":
         """These, after checking that they can be written.

@@ -52,17 +52,19 @@ class Outcome:
 
 
 def main() -> None:
-    """Run all inputs; print counts by kind, the faults, and a line of JSON."""
+    """Run all inputs; print each fault, counts by kind, and a line of JSON."""
     options = parse_options()
     kinds = options.kind or list(KINDS)
     inputs = [
         (kinds[i % len(kinds)], options.first + i // len(kinds)) for i in range(options.count)
     ]
     with tempfile.TemporaryDirectory(prefix="lfmq-fuzz-") as scratch:
-        outcomes = list(fuzz(inputs, options.seed, Path(scratch), options.workers))
+        outcomes = []
+        for o in fuzz(inputs, options.seed, Path(scratch), options.workers):
+            outcomes.append(o)
+            if options.show or o.result not in RIGHT:
+                print(f"{o.kind} {o.number}: {o.result}: {o.detail}", flush=True)
     print_outcomes(outcomes)
-    for o in outcomes if options.show else ():
-        print(f"{o.kind} {o.number}: {o.result}: {o.detail}")
     faults = [o for o in outcomes if o.result not in RIGHT]
     counts = Counter(o.result for o in outcomes)
     print(json.dumps({"seed": options.seed, "inputs": len(outcomes), "results": counts}))
@@ -230,7 +232,7 @@ def _where(error: BaseException) -> str:
 
 
 def print_outcomes(outcomes: list[Outcome]) -> None:
-    """Counts by kind, then one line for each sort of fault."""
+    """Counts by kind."""
     words = [*RIGHT, *sorted({o.result for o in outcomes} - set(RIGHT))]
     table = Table(title=f"{len(outcomes):,} damaged inputs")
     for column in ("kind", *words):
@@ -239,11 +241,7 @@ def print_outcomes(outcomes: list[Outcome]) -> None:
         counts = Counter(o.result for o in outcomes if o.kind == kind)
         if counts:
             table.add_row(kind, *(str(counts[word]) for word in words))
-    console = Console(width=140)
-    console.print(table)
-    for o in outcomes:
-        if o.result not in RIGHT:
-            console.print(f"{o.kind} {o.number}: {o.result}: {o.detail}", markup=False)
+    Console(width=140).print(table)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ BUILDS = {
     "onnx": "tiny-int4-onnx",
     "compressed-tensors": "tiny-int4-compressed-tensors",
 }
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 # Facts that a build may state otherwise without computing otherwise; others are to be reported.
 _HARMLESS = ("max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id")
 
@@ -120,8 +121,10 @@ def _make_checkpoint(folder: Path) -> None:
         t.name: (rng.standard_normal(t.shape) * 0.05 + (len(t.shape) == 1)).astype(np.float16)
         for t in expected_tensors(parse_config(config, folder))
     }
-    save_file(tensors, folder / "model.safetensors")
-    weight_map = dict.fromkeys(tensors, "model.safetensors")
+    weight_map = {n: SHARDS["experts" in n] for n in tensors}
+    for shard in SHARDS:
+        part = {n: t for n, t in tensors.items() if weight_map[n] == shard}
+        save_file(part, folder / shard)
     index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
@@ -166,11 +169,12 @@ def _judge_config(root: Path, sound: Result, found: Result) -> str:
         return "other weights"
     raw = json.loads((root / "tiny/config.json").read_bytes())
     for key, used in found["config"].items():
-        said = raw.get(key, used)
-        if key not in raw and used != sound["config"][key] and key not in _DEFAULTS:
-            return f"{key} is {used}, of which the file says nothing"
-        if key in ("layer_types", "rope_theta", *_DEFAULTS) or key.endswith("token_id"):
+        if key in ("layer_types", *_DEFAULTS) or key.endswith("token_id"):
             continue
+        said = raw.get(key, sound["config"][key])
+        if key == "rope_theta":
+            nested = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+            said = nested.get(key, raw.get(key))
         if said != used or isinstance(said, bool) != isinstance(used, bool):
             return f"{key} is {used}, the file says {said!r:.60}"
     return ""
@@ -189,7 +193,7 @@ def _judge_weights(root: Path, sound: Result, found: Result) -> str:
     """The weights are what the library safetensors finds in the file."""
     if found == sound:
         return ""
-    theirs = load_file(root / "tiny/model.safetensors")
+    theirs = {n: t for shard in SHARDS for n, t in load_file(root / "tiny" / shard).items()}
     config = lfmq.open_checkpoint(str(root / "tiny")).config
     names = [t.name for t in expected_tensors(config)]
     same = _digest(lambda name: theirs[name].astype(np.float32), names) == found["weights"]
@@ -371,7 +375,7 @@ def _of_build(format: str, file: str, mutate: damage.Mutation) -> Kind:
 KINDS: dict[str, Kind] = {
     "config": Kind("tiny/config.json", damage.damage_json, _open_checkpoint, _judge_config),
     "safetensors": Kind(
-        "tiny/model.safetensors", damage.damage_safetensors, _open_checkpoint, _judge_weights
+        f"tiny/{SHARDS[0]}", damage.damage_safetensors, _open_checkpoint, _judge_weights
     ),
     "index": Kind(
         "tiny/model.safetensors.index.json", damage.damage_json, _open_checkpoint, _judge_weights

@@ -1,9 +1,11 @@
 """Fixtures: a tiny random LFM2-MoE for structure, the trained sample for quality."""
 
 import ctypes
+import fcntl
 import importlib.util
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +16,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
-from lfmq.converter.checkpoint.checkpoint import Checkpoint
+from lfmq.converter.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from lfmq.converter.model.tensors import expected_tensors
+from lfmq.converter.model.text import load_windows
+from lfmq.converter.statistics.collect import collect
+from lfmq.converter.statistics.statistics import (
+    Statistics,
+    load_statistics,
+    save_statistics,
+)
 from lfmq.formats.build import Assets
 from lfmq.formats.plan import (
     FLOAT_ROLES,
@@ -76,6 +85,37 @@ def sample_folder() -> Path:
 def sample_dense_folder() -> Path:
     """The trained dense sample checkpoint."""
     return ROOT / "samples" / "lfm2-tiny"
+
+
+@pytest.fixture(scope="session")
+def short_sample_folder(sample_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sample's first three layers, one of them with experts: a third of the work."""
+    folder = tmp_path_factory.mktemp("short") / "short"
+    shutil.copytree(sample_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"num_hidden_layers": 3, "layer_types": config["layer_types"][:3]}
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = load_file(folder / "model.safetensors")
+    beyond = tuple(f"model.layers.{i}." for i in range(3, 6))
+    kept = {name: w for name, w in weights.items() if not name.startswith(beyond)}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sample_statistics(sample_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Statistics:
+    """Of 2,048 tokens, gathered by the first worker that asks."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    sample, path = open_checkpoint(sample_folder), root / "statistics.safetensors"
+    with (root / "statistics.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            text = sample_folder.parent / "calibration.jsonl"
+            windows = load_windows([text], sample.assets, sample.config, tokens=2048, sequence=128)
+            save_statistics(path, collect(sample, windows)[0])
+    return load_statistics(path, sample.config)
 
 
 @pytest.fixture(scope="session")

@@ -402,3 +402,38 @@ def test_validate_refuses_what_is_no_build(tmp_path, build):
     (tmp_path / "text.gguf").write_text("not a model")
     refused(lfmq("validate", "sample", tmp_path / build, "--quiet"), build)
     refused(lfmq("verify", tmp_path / build), build)
+
+
+def test_a_link_at_a_temporary_name_is_not_written_through(make_checkpoint, tmp_path):
+    """Neither the manifest's, nor that of statistics and importance matrices."""
+    checkpoint, out = make_checkpoint(), tmp_path / "out"
+    (tmp_path / "mine").write_text("mine")
+    out.mkdir()
+    for name in ("small-int4.manifest.json", "s", "m"):
+        (out / f"{name}.part").symlink_to(tmp_path / "mine")
+    assert convert(checkpoint, out).exit_code == 0
+    words = ["--text", checkpoint / "README.txt", "--tokens", 64, "--sequence", 32]
+    (checkpoint / "README.txt").write_text("one two three " * 200)
+    done = lfmq("calibrate", checkpoint, "--output", out / "s", "--imatrix", out / "m", *words)
+    assert done.exit_code == 0, done.stderr
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert not [p for p in out.iterdir() if p.suffix == ".part" or p.is_symlink()]
+
+
+def test_statistics_and_importance_matrix_have_two_names(make_checkpoint, tmp_path):
+    same = tmp_path / "x" / ".." / "s"
+    words = ["--output", tmp_path / "s", "--imatrix", same]
+    result = lfmq("calibrate", make_checkpoint(), *words)
+    assert result.exit_code == 2
+    assert "--imatrix and --output are both" in result.stderr
+
+
+def test_a_name_that_is_not_utf_8(make_checkpoint, tmp_path):
+    done = run(
+        "convert", make_checkpoint(), "--output", str(tmp_path / "\udcff"), "--uncalibrated"
+    )
+    assert done.returncode == 0, done.stderr
+    done = run("inspect", tmp_path / "\udcfe")
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "\\udcfe" in done.stderr

@@ -90,10 +90,13 @@ def test_the_built_in_text_without_its_chats(bare, tmp_path, change):
     done = lfmq("convert", bare, "--output", tmp_path / "out", "--to", "gguf", *size)
     assert done.exit_code == 0, done.stderr
     assert done.stderr.count(wanted) == 1
-    build = tmp_path / "out" / "small-int4.gguf"
-    statistics = tmp_path / "statistics.safetensors"
     if change is refusing:
         return
+    plain = lfmq("convert", bare, "--output", tmp_path, "--to", "gguf", "--uncalibrated")
+    assert plain.exit_code == 0
+    assert wanted not in plain.stderr
+    build = tmp_path / "small-int4.gguf"
+    statistics = tmp_path / "statistics.safetensors"
     for words in (("calibrate", bare, "--output", statistics), ("validate", bare, build)):
         done = lfmq(*words, *size)
         assert done.exit_code == 0, done.stderr

@@ -1,5 +1,6 @@
 """Checkpoints of every kind hold the weights that transformers loads from them, bit for bit."""
 
+import hashlib
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,10 @@ import torch
 from lfmq.converter.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from lfmq.converter.checkpoint.fingerprints import input_files
 from lfmq.converter.model.tensors import HEAD, expected_tensors
+from lfmq.converter.plan.plan import resolve_plan
+from lfmq.converter.plan.recipe import load_recipe
+from lfmq.converter.run.convert import convert
+from lfmq.formats.registry import FORMATS
 from lfmq.tests import checkpoint_kinds as kinds
 
 STATE = dict[str, torch.Tensor]
@@ -110,3 +115,24 @@ def test_what_was_done_is_said(make_checkpoint):
         notes = "; ".join(open_checkpoint(folder).notes)
         assert words in notes, (kind.__name__, notes)
         assert bool(words) == bool(notes)
+
+
+def test_builds_of_every_kind_are_the_same_bytes(make_checkpoint, tmp_path):
+    """A tensor that is a part of another one in the file is read by rows like any other."""
+    found = set()
+    same = (
+        kinds.one_file, kinds.stacked_experts_in_shards, kinds.head_in_float32, kinds.WRAPPED[1],
+    )  # fmt: skip
+    for number, kind in enumerate(same):
+        folder = make_checkpoint(str(number))
+        kind(folder)
+        checkpoint = open_checkpoint(folder, "same")
+        recipe = load_recipe("int4")
+        plan = resolve_plan(checkpoint.config, recipe)
+        done = convert(
+            checkpoint, recipe, plan, {"mlx": FORMATS["mlx"]}, tmp_path / f"out{number}"
+        )
+        found.add(
+            hashlib.sha256((done.builds[0].path / "model.safetensors").read_bytes()).hexdigest()
+        )
+    assert len(found) == 1

@@ -111,6 +111,7 @@ def test_the_command_killed_goes_on(sample, expected, tmp_path, lines):
     assert content(output) == expected
 
 
+@pytest.mark.slow
 def test_killed_before_any_call_that_changes_a_file(make_checkpoint, tmp_path):
     """Every call at the end, where builds and manifest get their names, and some of the others."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -156,7 +156,7 @@ def test_mlx_lm(builds: dict[str, Path], cases: list[Case]) -> None:
     mx = pytest.importorskip("mlx.core")
     utils = pytest.importorskip("mlx_lm.utils")
     model, _ = utils.load_model(builds["mlx"])
-    for case in cases:
+    for case in cases[:1]:  # float16 is slow on a CPU
         logits = np.array(model(mx.array([case.tokens]))[0].astype(mx.float32))
         assert np.median(difference(case, logits)) < MEDIAN_TOLERANCE["mlx"]
     model.set_dtype(mx.float32)

@@ -71,7 +71,9 @@ def find_weight_files(folder: Path, config: dict[str, Any]) -> WeightFiles:
 
 def _named(folder: Path, name: object) -> WeightFiles:
     """What the config's ``transformers_weights`` names, inside the folder."""
-    if not isinstance(name, str) or not _is_inside(name, (".safetensors", ".index.json")):
+    if not isinstance(name, str) or not _is_inside(
+        name, (".safetensors", ".safetensors.index.json")
+    ):
         raise CheckpointError(
             f"{folder / 'config.json'}: transformers_weights is {str(name)[:60]!r}, expected the "
             "name of a safetensors file or index in the checkpoint folder"

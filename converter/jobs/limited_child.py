@@ -17,10 +17,25 @@ import time
 from collections.abc import Callable, Generator, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Thread
 from typing import IO, Any
 
+from lfmq.quant.errors import ValidationError
+
 _START_SECONDS = 60.0  # to import its modules, on a machine that is busy
+# The child has its parent's own package, wherever that was imported from.
+_START = """
+import importlib.util, runpy, sys
+root, module = sys.argv[1:3]
+del sys.argv[1:3]
+spec = importlib.util.spec_from_file_location(
+    "lfmq", root + "/__init__.py", submodule_search_locations=[root]
+)
+sys.modules["lfmq"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules["lfmq"])
+runpy.run_module(module, run_name="__main__")
+"""
 _BUSY = 3  # how many times the processor time an answer may take on a machine that is busy
 
 
@@ -59,9 +74,12 @@ def ask(module: str, questions: Iterable[Any], limits: Limits) -> Generator[Any]
 
     Raises:
         ChildDied: instead of the first answer that is missing.
+        ValidationError: the child could not be started.
     """
     listed = list(questions)
-    command = [sys.executable, "-P", "-m", module, str(limits.seconds), str(limits.memory)]
+    root = str(Path(__file__).resolve().parents[2])
+    words = [root, module, str(limits.seconds), str(limits.memory)]
+    command = [sys.executable, "-P", "-c", _START, *words]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     ) as child:
@@ -87,7 +105,10 @@ def _answers(child: "subprocess.Popen[bytes]", count: int, limits: Limits) -> Ge
     lines = _Lines(child.stdout, limits.answer)
     with suppress(TimeoutError):
         if not lines.next(_START_SECONDS):  # it has imported its modules
-            raise ChildDied(_death(child.wait(), limits))
+            raise ValidationError(
+                f"a process that lfmq starts for itself {_death(child.wait(), limits)} before its "
+                "first answer; install lfmq and its dependencies again"
+            )
     for _ in range(count):
         try:
             line = lines.next(limits.seconds * _BUSY)

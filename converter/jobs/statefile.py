@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from lfmq.formats.writing.temporary import make_way
 from lfmq.quant.errors import PlanError
 
 
@@ -46,6 +47,7 @@ class StateFile:
         header = {"key": self.key, "layer": layer, "facts": facts}
         part = self.path.with_name(self.path.name + ".part")
         try:
+            make_way(part)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             save_file(
                 {name: t.contiguous().numpy() for name, t in tensors.items()},

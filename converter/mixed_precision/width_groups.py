@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from lfmq.converter.mixed_precision.predicted_kld import Cost
-from lfmq.converter.plan.plan import looked_up, token_bytes
+from lfmq.converter.model.tensors import token_share
+from lfmq.converter.plan.plan import token_bytes
 from lfmq.formats.build import Assets, BuildLayout, Format
 from lfmq.formats.plan import (
     EXPERT_ROLES,
@@ -110,16 +111,14 @@ def format_costs(plan: Plan, assets: Assets, module: Format, scheme: Scheme) -> 
 def segment_bytes(plan: Plan, layout: BuildLayout) -> FormatBytes:
     """Bytes of every weight of a build; a segment of several weights counts by their sizes."""
     sizes = {e.name: e.size for e in plan.entries}
-    experts = {e.name for e in plan.entries if e.expert is not None}
-    share = float(plan.config.expert_share)
+    shares = {e.name: float(token_share(e, plan.config)) for e in plan.entries}
     found: dict[str, float] = dict.fromkeys(sizes, 0.0)
     for file in layout.files:
         for segment in file.segments:
             whole = sum(sizes[name] for name in segment.sources)
             for name in segment.sources:
                 found[name] += segment.nbytes * sizes[name] / whole
-    token = {name: n * share if name in experts else n for name, n in found.items()}
-    token |= dict.fromkeys(looked_up(plan), 0.0)
+    token = {name: n * shares[name] for name, n in found.items()}
     return FormatBytes(found, token)
 
 

@@ -8,8 +8,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
+from fractions import Fraction
 
-from lfmq.formats.plan import ModelConfig, Role
+from lfmq.formats.plan import ModelConfig, Role, TensorPlan
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.embedding_norm.weight"
@@ -62,6 +63,17 @@ def expected_tensors(config: ModelConfig) -> tuple[Tensor, ...]:
 def head_of(config: ModelConfig) -> str:
     """The tensor that turns final hidden states into logits: the head, or again the embedding."""
     return EMBEDDING if config.tie_word_embeddings else HEAD
+
+
+def token_share(tensor: Tensor | TensorPlan, config: ModelConfig) -> Fraction:
+    """The share of a tensor that is read for a token.
+
+    An expert is read where it is chosen, of an embedding that is not also the head one row.
+    """
+    if tensor.expert is not None:
+        return config.expert_share
+    looked_up = tensor.role is Role.EMBEDDING and not config.tie_word_embeddings
+    return Fraction(0 if looked_up else 1)
 
 
 def layer_tensors(

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fractions import Fraction
 
-from lfmq.converter.model.tensors import Tensor, expected_tensors
+from lfmq.converter.model.tensors import Tensor, expected_tensors, token_share
 from lfmq.converter.plan.recipe import Recipe, Rule
 from lfmq.formats.build import BuildLayout
 from lfmq.formats.plan import (
@@ -109,28 +110,13 @@ def token_bytes(plan: Plan, layout: BuildLayout) -> int:
     Of an expert's bytes the share counts that runs for a token, all others once (the embedding as
     the tied head; beside a head of its own one row of it, which is next to nothing).
     """
-    experts, tables = {e.name for e in plan.entries if e.expert is not None}, looked_up(plan)
-    always, routed = 0, 0
-    for segment in _segments(layout):
-        if segment[1] in tables:
-            continue
-        if segment[1] in experts:
-            routed += segment[0]
-        else:
-            always += segment[0]
-    return always + int(routed * plan.config.expert_share)
-
-
-def looked_up(plan: Plan) -> set[str]:
-    """The tensors of which a token reads one row: the embedding, unless it is also the head."""
-    untied = not plan.config.tie_word_embeddings
-    return {e.name for e in plan.entries if untied and e.role is Role.EMBEDDING}
-
-
-def _segments(layout: BuildLayout) -> Iterable[tuple[int, str]]:
+    shares = {e.name: token_share(e, plan.config) for e in plan.entries}
+    found: dict[Fraction, int] = {}
     for file in layout.files:
         for segment in file.segments:
-            yield segment.nbytes, segment.sources[0]
+            share = shares[segment.sources[0]]
+            found[share] = found.get(share, 0) + segment.nbytes
+    return int(sum(share * nbytes for share, nbytes in found.items()))
 
 
 @dataclass(frozen=True, slots=True)

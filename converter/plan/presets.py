@@ -5,7 +5,7 @@ a tied embedding is typed as the output), which the recipes of the same names ho
 of ``mlx_lm.convert -q``, which keeps the router at 8 bits. Weights alone, without headers.
 """
 
-from lfmq.converter.model.tensors import expected_tensors
+from lfmq.converter.model.tensors import expected_tensors, token_share
 from lfmq.converter.plan.plan import storages
 from lfmq.converter.plan.recipe import Recipe, load_recipe, parse_recipe
 from lfmq.formats.plan import ModelConfig, Role
@@ -41,12 +41,11 @@ def _recipe(name: str) -> Recipe:
 def peer_bytes(name: str, config: ModelConfig) -> tuple[int, int]:
     """Bytes of all weights, and of those read for a token."""
     schemes = peer_schemes(name, config)
-    share = float(config.expert_share)
     total, token = 0.0, 0.0
     for tensor in expected_tensors(config):
         scheme = schemes[tensor.name]
         float_bits = 16 if name == "mlx-4bit" else 32
         nbytes = tensor.size * (float_bits if scheme is None else scheme.bits_per_weight) / 8
         total += nbytes
-        token += nbytes if tensor.expert is None else nbytes * share
+        token += nbytes * float(token_share(tensor, config))
     return round(total), round(token)

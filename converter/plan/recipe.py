@@ -3,7 +3,6 @@
 import fnmatch
 import json
 import re
-import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, TypeVar, get_args
 
 from lfmq.converter.model.tensors import Tensor
 from lfmq.converter.plan.builtin import builtin_recipes, builtin_text
+from lfmq.converter.plan.toml_text import parse_toml
 from lfmq.formats.plan import (
     EXPERT_ROLES,
     FLOAT_ROLES,
@@ -166,9 +166,9 @@ def save_recipe(path: Path, recipe: Recipe) -> None:
 def parse_recipe(text: str, name: str, source: str) -> Recipe:
     """A recipe from TOML text; ``source`` is named in errors."""
     try:
-        document = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise RecipeError(f"{source}: not valid TOML ({error})") from error
+        document = parse_toml(text)
+    except ValueError as error:
+        raise RecipeError(f"{source}: not valid TOML ({error!s:.150})") from error
     unknown = sorted(set(document) - _TOP)
     if unknown:
         known = ", ".join(sorted(_TOP))

@@ -11,6 +11,7 @@ from typing import Any
 
 from lfmq.converter.plan.recipe import Recipe
 from lfmq.formats.plan import Plan, TensorPlan
+from lfmq.formats.writing.temporary import make_way
 from lfmq.quant.errors import PlanError
 from lfmq.quant.types import Scheme
 
@@ -82,6 +83,7 @@ def write_manifest(
     kept = _kept_builds(path, document)
     part = path.with_name(path.name + ".part")
     try:
+        make_way(part)
         made = {name: _build(build) for name, build in builds.items()}
         document["builds"] = dict(sorted((kept | made).items()))
         with part.open("wb") as file:

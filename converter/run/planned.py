@@ -48,9 +48,10 @@ def plan_layouts(
     """Check the plan against every format and lay out each build; reads no weight.
 
     Raises:
-        CheckpointError: the tokenizer has ids beyond the embedding.
+        CheckpointError: the name is not UTF-8, or the tokenizer has ids beyond the embedding.
         UnsupportedError: a format cannot hold the plan.
     """
+    _check_name(checkpoint)
     rows, vocabulary = plan.config.vocab_size, checkpoint.vocabulary
     if vocabulary is not None and vocabulary.size > rows:
         raise CheckpointError(
@@ -61,6 +62,16 @@ def plan_layouts(
     for module in formats.values():
         check_plan(module, plan, checkpoint.assets)
     return {name: f.layout(plan, checkpoint.assets) for name, f in formats.items()}
+
+
+def _check_name(checkpoint: Checkpoint) -> None:
+    """Files state the name, as UTF-8."""
+    name = checkpoint.assets.name
+    if any("\ud800" <= c <= "\udfff" for c in name):
+        raise CheckpointError(
+            f"{name!a}: the checkpoint's name is not UTF-8, and builds are named after it; "
+            "rename the folder, or convert with --name"
+        )
 
 
 def plan_builds(

@@ -26,6 +26,7 @@ from lfmq.formats.plan import (
     Role,
     TensorPlan,
 )
+from lfmq.formats.writing.temporary import make_way
 from lfmq.quant.errors import PlanError, ValidationError
 from lfmq.quant.grids import ALIASES, GRIDS
 from lfmq.quant.types import InputStats, Scheme
@@ -218,6 +219,7 @@ def save_statistics(path: Path, statistics: Statistics) -> None:
         tensors[f"{name}.grids"] = np.array(errors, np.float64)
     part = path.with_name(path.name + ".part")
     try:
+        make_way(part)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, part, {"lfmq": json.dumps(header)})
         part.replace(path)

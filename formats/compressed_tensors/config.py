@@ -201,6 +201,13 @@ def engine_warnings(plan: Plan) -> tuple[str, ...]:
             f"experts are stored in several ways ({', '.join(kinds)}); transformers loads those "
             "of all layers by one scheme, dequantize the build for it"
         )
+    elif experts and experts[0].scheme is None:
+        # CompressedTensorsDequantize of transformers' integrations/compressed_tensors.py, which it
+        # puts before every conversion of experts, drops what is not packed
+        found.append(
+            f"all experts are stored as {experts[0].storage}; transformers (to 5.23) loads packed "
+            "experts alone and stops, dequantize the build for it"
+        )
     if not plan.config.tie_word_embeddings:  # lfm2.py and lfm2_moe.py of vLLM: tie_weights
         found.append(
             "the model has a head of its own (lm_head.weight); vLLM ties head and embedding of "

@@ -40,4 +40,5 @@ def stored_templates(header: Header) -> dict[str, str]:
     keys = {Keys.Tokenizer.CHAT_TEMPLATE: DEFAULT} | {
         key: key.removeprefix(_PREFIX) for key in header.fields if key.startswith(_PREFIX)
     }
-    return {name: str(header.value(key)) for key, name in keys.items() if key in header.fields}
+    found = {name: header.value(key) for key, name in keys.items()}
+    return {name: template for name, template in found.items() if isinstance(template, str)}

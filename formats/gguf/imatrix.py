@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from lfmq.formats.gguf.names import ARCHITECTURES, split_expert, tensor_name
 from lfmq.formats.gguf.scan import FieldType, TensorInfo, read_run, scan_gguf
+from lfmq.formats.writing.temporary import make_way
 from lfmq.quant.errors import PlanError, ValidationError
 from lfmq.quant.types import InputStats
 
@@ -66,6 +67,7 @@ def write_imatrix(path: Path, imatrix: Imatrix, layers: int) -> None:
     names = get_tensor_name_map(_TABLE, layers)
     part = path.with_name(path.name + ".part")
     try:
+        make_way(part)
         path.parent.mkdir(parents=True, exist_ok=True)
         writer = GGUFWriter(part, "")
         writer.kv_data[0].clear()  # the writer begins with an architecture; this file has none

@@ -25,12 +25,15 @@ HANDLED = frozenset(_HANDLED.split())
 _WITHOUT_EFFECT = {
     "how the file was saved": """
         transformers_version dtype torch_dtype _name_or_path name_or_path _commit_hash model_name
-        unsloth_version unsloth_fixed auto_map
+        unsloth_version unsloth_fixed unsloth_optimized auto_map bos_token eos_token pad_token
+        unk_token license base_model base_models description author name version tags language
+        datasets library_name pipeline_tag source
     """,
     "how the model was trained or begun": """
         initializer_range initializer_factor block_mlp_init_scale block_out_init_scale
         block_use_xavier_init conv_use_xavier_init attention_dropout hidden_dropout resid_dropout
-        embd_dropout router_aux_loss_coef aux_loss_coef z_loss_coef gradient_checkpointing
+        embd_dropout router_aux_loss_coef aux_loss_coef z_loss_coef router_z_loss_coef
+        router_jitter_noise moe_aux_loss_coef gradient_checkpointing
         original_max_position_embeddings
     """,
     "Liquid's own names, which transformers' classes for LFM2 do not read": """

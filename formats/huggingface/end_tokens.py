@@ -8,10 +8,16 @@ config's and then the tokenizer's own are taken, and :func:`end_token_conflicts`
 
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from lfmq.formats.build import Assets
-from lfmq.formats.huggingface.side_files import GENERATION_CONFIG, TOKENIZER_CONFIG, json_object
+from lfmq.formats.huggingface.side_files import (
+    GENERATION_CONFIG,
+    TOKENIZER_CONFIG,
+    json_object,
+    without_mark,
+)
 from lfmq.formats.huggingface.special_tokens import special_tokens
 from lfmq.formats.plan import ModelConfig
 
@@ -94,12 +100,16 @@ def tokenizer_end(assets: Assets) -> int | None:
 
 def token_ids(assets: Assets) -> dict[str, int]:
     """Ids of the tokens that ``tokenizer.json`` adds to its vocabulary, by text."""
+    return dict(_added_tokens(assets.files.get("tokenizer.json", b"{}")))
+
+
+@lru_cache(maxsize=4)  # megabytes of JSON, asked for by every format
+def _added_tokens(content: bytes) -> tuple[tuple[str, int], ...]:
     try:
-        document = json.loads(assets.files.get("tokenizer.json", b"{}"))
-        added = document.get("added_tokens") or ()
-        return {a["content"]: a["id"] for a in added if isinstance(a["content"], str)}
+        added = json.loads(without_mark(content)).get("added_tokens") or ()
+        return tuple((a["content"], a["id"]) for a in added if isinstance(a["content"], str))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return {}  # whoever needs the tokenizer refuses it
+        return ()  # whoever needs the tokenizer refuses it
 
 
 def _stated(assets: Assets, config: ModelConfig) -> tuple[tuple[str, tuple[int, ...]], ...]:

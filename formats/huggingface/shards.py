@@ -69,8 +69,8 @@ def _check_index(index: Path, found: Mapping[str, StoredTensor]) -> None:
             )
         if name not in found:
             raise ValidationError(
-                f"{index.parent}: tensor {name[:80]} is missing, {INDEX_FILE} has it; "
-                "write the build again"
+                f"{index.parent}: tensor {name[:80]} is missing, {INDEX_FILE} has it in "
+                f"{file[:80]}; write the build again"
             )
         if found[name].path.name != file:
             raise ValidationError(

@@ -72,7 +72,8 @@ class OnnxReader:
         """Where a tensor lies, after checking that it is inside the data file of the folder."""
         entries = [(e.key, e.value) for e in tensor.external_data]
         place = dict(entries)
-        if len(place) != len(entries) or place.keys() != {"location", "offset", "length"}:
+        whole = len(place) == len(entries) and place.keys() == {"location", "offset", "length"}
+        if not whole or not all(isinstance(value, str) for value in place.values()):
             raise self._wrong(
                 tensor, f"is at {_short(entries)}, expected location, offset, length"
             )
@@ -276,6 +277,9 @@ def _load_model(path: Path) -> onnx.ModelProto:
         raise ValidationError(
             f"{path}: not a readable ONNX model ({error!s:.100}); write or copy the build again"
         ) from error
+    named = (*model.graph.initializer, *model.graph.node)
+    if not all(isinstance(part.name, str) for part in named):
+        raise ValidationError(f"{path}: a name in it is not UTF-8 text; write the build again")
     if not model.graph.initializer:
         raise ValidationError(f"{path}: holds no tensors; write or copy the build again")
     return model

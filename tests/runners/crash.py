@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,9 @@ CALLS = (
     "unlink",
     "write",
 )
+
+# Once for all runs: it has the tokenizer tried in a child.
+OPENED = cache(open_checkpoint)
 
 
 @contextmanager
@@ -63,7 +67,7 @@ def killed_at(point: int) -> Iterator[list[int]]:
 
 def run(checkpoint: Path, output: Path, formats: list[str], point: int = -1) -> int:
     """Convert in this process; the number of calls that count."""
-    opened, recipe = open_checkpoint(checkpoint), load_recipe("int4")
+    opened, recipe = OPENED(checkpoint), load_recipe("int4")
     plan = resolve_plan(opened.config, recipe)
     chosen = {name: FORMATS[name] for name in formats}
     with killed_at(point) as count:

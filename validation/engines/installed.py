@@ -14,6 +14,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion
 
 from lfmq.formats.build import Assets
+from lfmq.formats.compressed_tensors.config import METHOD, engine_warnings
 from lfmq.formats.gguf.pretokenizer import USUAL, text_rules
 from lfmq.formats.huggingface.safetensors_file import read_header
 from lfmq.formats.onnx.genai_tokenizer import unlike_genai
@@ -83,11 +84,13 @@ def plan_warnings(
 ) -> tuple[str, ...]:
     """Lines for a conversion: installed runtimes that would run its builds wrongly."""
     installed = installed_versions() if installed is None else installed
-    concerns, formats = plan_concerns(plan), tuple(formats)
+    concerns, chosen = plan_concerns(plan), tuple(formats)
     lines = [
-        f"{name}: {line}" for name in formats for line in warnings_for(name, concerns, installed)
+        f"{name}: {line}" for name in chosen for line in warnings_for(name, concerns, installed)
     ]
-    if "gguf" in formats:
+    if METHOD in chosen:
+        lines += [f"{METHOD}: {line}" for line in engine_warnings(plan)]
+    if "gguf" in chosen:
         lines += _other_pre_tokenizer(plan, assets)
     unlike = unlike_genai(assets) if "onnx" in formats else None
     if unlike is not None:

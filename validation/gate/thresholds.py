@@ -1,12 +1,12 @@
 """Limits of a release gate: which there are, and the TOML file that states them."""
 
 import json
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from lfmq.converter.plan.toml_text import parse_toml
 from lfmq.quant.errors import ValidationError
 from lfmq.validation.measure.figures import (
     FIGURES,
@@ -133,10 +133,10 @@ def load_thresholds(path: Path) -> Thresholds:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text("utf-8"))
+        return parse_toml(path.read_text("utf-8"))
     except OSError as error:
         raise ValidationError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:  # bad syntax, bad text, a number of 5000 digits
+    except ValueError as error:
         raise ValidationError(f"{path}: not TOML ({error!s:.150})") from error
 
 

@@ -4,6 +4,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from lfmq.formats.writing.temporary import make_way
 from lfmq.quant.errors import ValidationError
 
 
@@ -33,6 +34,7 @@ def write_report(path: Path, text: str) -> None:
     """
     part = path.with_name(path.name + ".part")
     try:
+        make_way(part)
         with part.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
             file.write(text)
             file.flush()

@@ -64,13 +64,13 @@ def test_a_config_that_names_weights_elsewhere(make_checkpoint, name):
 
 
 def test_a_config_that_names_an_index(make_checkpoint):
-    folder = make_checkpoint(config={"transformers_weights": "other.index.json"})
-    assert "other.index.json: named by config.json" in refusal(folder)
+    folder = make_checkpoint(config={"transformers_weights": "other.safetensors.index.json"})
+    assert "other.safetensors.index.json: named by config.json" in refusal(folder)
     kinds.split(folder, kinds.load(folder), 2)
-    (folder / kinds.INDEX).rename(folder / "other.index.json")
+    (folder / kinds.INDEX).rename(folder / "other.safetensors.index.json")
     checkpoint = open_checkpoint(folder)
-    assert checkpoint.index == folder / "other.index.json"
-    assert "other.index.json is read" in checkpoint.notes[0]
+    assert checkpoint.index == folder / "other.safetensors.index.json"
+    assert "other.safetensors.index.json is read" in checkpoint.notes[0]
 
 
 def test_a_link_to_nothing(make_checkpoint):

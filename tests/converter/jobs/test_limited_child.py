@@ -5,6 +5,7 @@ from contextlib import closing
 import pytest
 
 from lfmq.converter.jobs.limited_child import ChildDied, Limits, ask
+from lfmq.quant.errors import ValidationError
 
 CHILD = "lfmq.tests.runners.limited"
 FEW = Limits(seconds=1, memory=2**29, answer=10_000)
@@ -45,5 +46,5 @@ def test_a_child_that_dies(question, reason):
 
 
 def test_a_child_that_does_not_start():
-    with pytest.raises(ChildDied, match="ended its process with status 1"):
+    with pytest.raises(ValidationError, match="ended its process with status 1 before its first"):
         list(ask("lfmq.no.such.module", [1], FEW))

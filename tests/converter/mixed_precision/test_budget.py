@@ -30,10 +30,8 @@ def sample(sample_folder):
 
 
 @pytest.fixture(scope="module")
-def statistics(sample) -> Statistics:
-    path = sample.folder.parent / "calibration.jsonl"
-    windows = load_windows([path], sample.assets, sample.config, tokens=2048, sequence=128)
-    return collect(sample, windows)[0]
+def statistics(sample_statistics) -> Statistics:
+    return sample_statistics
 
 
 def of(*names):

@@ -147,9 +147,19 @@ def test_errors_of_grids_are_those_of_the_weights(sample, statistics):
     assert errors[Scheme(4, 64)] > 1 > errors[Scheme(4, 32, "affine_bias")] > errors[Scheme(8)]
 
 
-def test_threads_do_not_matter(sample, windows, statistics, tmp_path):
-    save_statistics(tmp_path / "a", statistics)
-    save_statistics(tmp_path / "b", collect(sample, windows, execution=Execution(threads=1))[0])
+@pytest.fixture(scope="module")
+def short(short_sample_folder):
+    return open_checkpoint(short_sample_folder)
+
+
+@pytest.fixture(scope="module")
+def short_statistics(short, windows) -> Statistics:
+    return collect(short, windows, execution=Execution(threads=2))[0]
+
+
+def test_threads_do_not_matter(short, windows, short_statistics, tmp_path):
+    save_statistics(tmp_path / "a", short_statistics)
+    save_statistics(tmp_path / "b", collect(short, windows, execution=Execution(threads=1))[0])
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
@@ -187,17 +197,17 @@ def test_a_file_with_the_names_that_grids_had_before(sample, statistics, tmp_pat
     assert load_statistics(old, sample.config).grids == statistics.grids
 
 
-def test_merging_halves_gives_the_whole(sample, windows, statistics):
+def test_merging_halves_gives_the_whole(short, windows, short_statistics):
     half = len(windows.ids) // 2
     parts = [
         replace(windows, ids=windows.ids[rows], text_sha256=name)
         for name, rows in (("a", slice(0, half)), ("b", slice(half, None)))
     ]
-    first, second = (collect(sample, part)[0] for part in parts)
+    first, second = (collect(short, part)[0] for part in parts)
     merged = first.merge(second)
     assert merged.texts == ("a", "b")
-    assert merged.tokens == statistics.tokens
-    for name, found in statistics.inputs.items():
+    assert merged.tokens == short_statistics.tokens
+    for name, found in short_statistics.inputs.items():
         assert merged.inputs[name].tokens == found.tokens
         np.testing.assert_allclose(merged.inputs[name].sums, found.sums, rtol=1e-3)
     with pytest.raises(ValidationError, match="count twice"):
@@ -305,24 +315,24 @@ def test_activations_that_are_not_finite(make_checkpoint, tmp_path, tensor, valu
     assert not (tmp_path / "s").exists()
 
 
-def test_a_killed_run_goes_on(sample, tmp_path):
-    """SIGKILL after the third layer; the rest is done from there and gives the same bytes."""
+def test_a_killed_run_goes_on(short, tmp_path):
+    """SIGKILL after the second layer; the rest is done from there and gives the same bytes."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     command = [
-        sys.executable, "-m", "lfmq.cli", "calibrate", "sample", "--quiet", "--tokens", "2048",
-        "--sequence", str(SEQUENCE), "--threads", "1", "--output",
+        sys.executable, "-m", "lfmq.cli", "calibrate", str(short.folder), "--quiet",
+        "--tokens", "512", "--sequence", str(SEQUENCE), "--threads", "1", "--output",
     ]  # fmt: skip
     subprocess.run([*command, str(whole)], check=True, capture_output=True)
     state = tmp_path / "killed.resume"
     with subprocess.Popen([*command, str(killed)], stdout=subprocess.DEVNULL) as run:
-        while not _layer_saved(state) >= 3:
+        while not _layer_saved(state) >= 2:
             assert run.poll() is None
             time.sleep(0.002)
         os.kill(run.pid, signal.SIGKILL)
     assert not killed.exists()
     resumed: list[Step] = []
-    windows = windows_of(sample, 2048)
-    calibrate(sample, windows, killed, execution=Execution(progress=resumed.append))
+    windows = windows_of(short, 512)
+    calibrate(short, windows, killed, execution=Execution(progress=resumed.append))
     assert not state.exists()
     assert killed.read_bytes() == whole.read_bytes()
 
@@ -339,11 +349,11 @@ def test_names_are_those_of_the_model(sample, statistics):
     assert set(statistics.inputs) <= {t.name for t in expected_tensors(sample.config)}
 
 
-def test_an_importance_matrix_and_back(sample, windows, statistics, tmp_path):
+def test_an_importance_matrix_and_back(short, windows, tmp_path):
     """Means survive; what an importance matrix does not hold is not there."""
     path, matrix = tmp_path / "s", tmp_path / "m.gguf"
-    found, _ = calibrate(sample, windows, path, imatrix=matrix)
-    imported = open_statistics(matrix, sample.config)
+    found, _ = calibrate(short, windows, path, imatrix=matrix)
+    imported = open_statistics(matrix, short.config)
     assert set(imported.inputs) == set(found.inputs)
     for name, moments in found.inputs.items():
         assert imported.inputs[name].tokens == moments.tokens
@@ -351,7 +361,7 @@ def test_an_importance_matrix_and_back(sample, windows, statistics, tmp_path):
     assert imported.tokens == found.tokens
     assert (imported.losses, imported.grids, imported.parts) == ({}, {}, {})
     with pytest.raises(PlanError, match=r"m\.gguf: already exists"):
-        calibrate(sample, windows, tmp_path / "t", imatrix=matrix)
+        calibrate(short, windows, tmp_path / "t", imatrix=matrix)
 
 
 def test_an_importance_matrix_in_the_old_format(sample, tmp_path):

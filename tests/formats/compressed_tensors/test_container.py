@@ -422,6 +422,8 @@ def test_warnings(tiny_config: ModelConfig, tiny_assets: Assets, make_plan: Make
     ]
     card = card_of(plan, tiny_assets)
     assert all(f"- {line}\n" in card for line in found)
+    (line,) = ct.engine_warnings(make_plan(tiny_config, experts="float32"))
+    assert "all experts are stored as float32; transformers (to 5.23)" in line
 
 
 # ---- the folder

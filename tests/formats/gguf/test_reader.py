@@ -100,7 +100,6 @@ def test_a_file_that_was_written_again_is_the_same_build(build: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (extra("output.weight", "token_embd.weight"), "'output.weight' that this model does not"),
         (extra("dense_2.weight", "blk.0.ffn_up.weight"), "'dense_2.weight'"),
         (extra("blk.4.attn_norm.weight", "blk.0.attn_norm.weight"), r"'blk\.4\.attn_norm"),
         (without("blk.2.ffn_gate_inp.weight"), r"'blk\.2\.ffn_gate_inp.weight' is missing"),
@@ -129,6 +128,14 @@ def test_what_llama_cpp_would_use_is_known_or_refused(
     with pytest.raises(ValidationError, match=message) as caught:
         open_build(rewrite(build, tmp_path / "b.gguf", change))
     assert len(str(caught.value)) < 400
+
+
+def test_an_output_weight_is_the_head(build: Path, tmp_path: Path) -> None:
+    """llama.cpp uses it in place of the embedding: the file is no build of a tied checkpoint."""
+    change = extra("output.weight", "token_embd.weight")
+    _, reader = open_build(rewrite(build, tmp_path / "b.gguf", change))
+    assert not reader.config.tie_word_embeddings
+    assert reader.read("lm_head.weight").shape == (8200, 128)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 from gguf import GGUFReader, GGUFValueType
 
-from lfmq.api.labels import Labels
 from lfmq.formats.gguf import container
 from lfmq.formats.gguf.user_metadata import checked, parse_pairs
 from lfmq.quant.errors import UsageError
@@ -75,16 +74,3 @@ def test_values_from_python(value):
     with pytest.raises(UsageError, match=r"--metadata my\.key: is "):
         checked({"my.key": value})
     assert checked({"general.tags": ["a"]}) == {"general.tags": ("a",)}
-
-
-@pytest.mark.parametrize(
-    "name", ["", " x", ".x", "..", "-x", "a/b", "a\\b", "a:b", "a\nb", "\ud800", "x" * 151]
-)
-def test_a_name_that_is_none_for_a_file(name):
-    with pytest.raises(UsageError, match=r"^--name "):
-        Labels(name).checked(("gguf",))
-
-
-def test_metadata_without_a_gguf():
-    with pytest.raises(UsageError, match="--to gguf"):
-        Labels(metadata={"my.key": 1}).checked(("mlx",))

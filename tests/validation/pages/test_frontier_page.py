@@ -11,11 +11,9 @@ from click.testing import CliRunner
 from lfmq.cli import main
 from lfmq.converter.checkpoint.checkpoint import open_checkpoint
 from lfmq.converter.mixed_precision.frontier import trace_frontier
-from lfmq.converter.model.text import load_windows
 from lfmq.converter.plan.plan import resolve_plan, token_bytes
 from lfmq.converter.plan.recipe import load_recipe
 from lfmq.converter.run.planned import plan_layouts
-from lfmq.converter.statistics.collect import collect
 from lfmq.converter.statistics.statistics import save_statistics
 from lfmq.formats.registry import FORMATS
 from lfmq.quant.errors import LfmqError
@@ -28,10 +26,8 @@ def sample(sample_folder):
 
 
 @pytest.fixture(scope="module")
-def statistics(sample):
-    path = sample.folder.parent / "calibration.jsonl"
-    windows = load_windows([path], sample.assets, sample.config, tokens=2048, sequence=128)
-    return collect(sample, windows)[0]
+def statistics(sample_statistics):
+    return sample_statistics
 
 
 @pytest.fixture(scope="module")
