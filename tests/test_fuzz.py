@@ -18,6 +18,9 @@ FEW = {
     "text": 2,
     "tasks": 4,
     "manifest": 5,
+    "card": 2,
+    "generation-config": 3,
+    "gguf": 6,
 }
 
 

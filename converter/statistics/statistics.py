@@ -271,19 +271,27 @@ def _header(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
                 f"{path}: statistics version {header['version']}, this lfmq reads {VERSION}"
             )
         for entry in header["parts"].values():
-            Sensitivity(**entry)
+            if not all(_is_share(value) for value in astuple(Sensitivity(**entry))):
+                raise TypeError(f"parts has {entry}")
         measured = [(b, g, ALIASES.get(grid, grid)) for b, g, grid in header["schemes"]]
         if measured != [astuple(scheme) for scheme in SCHEMES]:
             raise ValidationError(f"{path}: measured at other grids; calibrate again")
-        if not isinstance(header["identity"], str) or not isinstance(header["tokens"], int):
-            raise TypeError("identity or tokens")
+        if not isinstance(header["identity"], str):
+            raise TypeError("identity")
+        if type(header["tokens"]) is not int or not 0 < header["tokens"] < 2**63:
+            raise TypeError(f"tokens is {header['tokens']}")
         if not all(isinstance(text, str) for text in header["texts"]):
             raise TypeError("texts")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValidationError(
-            f"{path}: not a statistics file of lfmq ({error!r}); lfmq calibrate makes one"
+            f"{path}: not a statistics file of lfmq ({error!r:.150}); lfmq calibrate makes one"
         ) from error
     return dict(header)
+
+
+def _is_share(value: Any) -> bool:
+    """Whether it is a number that an error or a divergence can be."""
+    return type(value) in (int, float) and 0 <= value < 1e300
 
 
 def _moments(path: Path, tensor: Tensor, stored: Mapping[str, NDArray[Any]]) -> InputStats:
