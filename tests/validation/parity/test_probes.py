@@ -71,7 +71,12 @@ def test_the_checkpoints_answer(tiny_assets: Assets) -> None:
     around = "\n".join(probe.texts[i] for i in probe.groups[ADDED_TOKENS])
     added = tokenizer.get_added_tokens_decoder().values()
     assert all(f"a{t.content}b {t.content} c\n" in around for t in added)
-    vocabulary = [i for part in probe.groups[VOCABULARY] for i in probe.sequences[part]]
+    words, parts = (
+        [n for n in probe.groups[VOCABULARY] if (n < len(probe.texts)) == is_text]
+        for is_text in (True, False)
+    )
+    vocabulary = [i for part in parts for i in probe.sequences[part]]
+    assert sum(len(probe.texts[n].split("\n")) for n in words) >= len(vocabulary)
     assert len(set(vocabulary)) == len(vocabulary) > 7000
 
 
