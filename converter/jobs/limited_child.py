@@ -6,6 +6,7 @@ It limits itself before it reads the first: the processor time of an answer, the
 file may be written. How it died says which question it died of, and of what.
 """
 
+import io
 import json
 import os
 import resource
@@ -181,6 +182,7 @@ def serve(answer: Callable[[Any], Any]) -> None:
     # what libraries print goes nowhere, answers through a descriptor of their own
     pipe = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="ascii")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    sys.stdout = sys.stderr = _Nowhere()
     print("ready", file=pipe, flush=True)
     for line in sys.stdin.buffer:
         used = resource.getrusage(resource.RUSAGE_SELF)
@@ -188,6 +190,13 @@ def serve(answer: Callable[[Any], Any]) -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (allowed, resource.RLIM_INFINITY))
         pipe.write(json.dumps(answer(json.loads(line))) + "\n")
         pipe.flush()
+
+
+class _Nowhere(io.TextIOBase):
+    """Takes all text, whatever the limit on files says of the null device."""
+
+    def write(self, text: str) -> int:
+        return len(text)
 
 
 def _limit(kind: int, value: int) -> None:

@@ -17,6 +17,7 @@ from lfmq.formats.plan import (
     SHARED_ROLES,
     Role,
 )
+from lfmq.formats.writing.temporary import whole_file
 from lfmq.quant.errors import RecipeError
 from lfmq.quant.grids import ALIASES, GRIDS
 from lfmq.quant.types import (
@@ -156,9 +157,11 @@ def save_recipe(path: Path, recipe: Recipe) -> None:
     Raises:
         RecipeError: it exists or cannot be written.
     """
+    if path.exists():
+        raise RecipeError(f"{path}: cannot be written (File exists)")
     try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(recipe.text)
+        with whole_file(path) as part:
+            part.write_text(recipe.text, "utf-8")
     except OSError as error:
         raise RecipeError(f"{path}: cannot be written ({error.strerror})") from error
 

@@ -2,8 +2,8 @@
 
 Tokens become text as llama-cli and llama-server write them, piece by piece
 (``llama_token_to_piece``). ``llama_detokenize`` also takes blanks away before ``?!.,`` and is not
-what they use. The C interface renders no template: ``llama_chat_apply_template`` recognizes some
-by their words and ignores the rest of them.
+what they use. The C interface renders no template (``llama_chat_apply_template`` recognizes some
+by their words); ``lfmq.validation.engines.llama_server`` asks the server for that.
 """
 
 import ctypes
@@ -33,7 +33,7 @@ def tokenize(request: TokenizerRequest) -> TokenizerRun:
         ImportError: the wheel is not installed.
         ValidationError: it is not the pinned one, or cannot read the build's tokenizer.
     """
-    with closing(_Vocabulary(os.fsencode(request.path))) as vocabulary:
+    with closing(Vocabulary(os.fsencode(request.path))) as vocabulary:
         return TokenizerRun(
             ids=[vocabulary.encode(text, framed=False) for text in request.texts],
             framed=[vocabulary.encode(text, framed=True) for text in request.texts],
@@ -42,7 +42,7 @@ def tokenize(request: TokenizerRequest) -> TokenizerRun:
         )
 
 
-class _Vocabulary:
+class Vocabulary:
     """A GGUF opened for its tokenizer alone."""
 
     def __init__(self, path: bytes) -> None:

@@ -77,14 +77,14 @@ class TokenizerRun:
         framed: of each text with what the tokenizer puts around it.
         kept: each sequence as text, special tokens written out.
         skipped: each sequence as text without its special tokens.
-        rendered: each chat.
+        rendered: each chat; None for one that the interface does not take as it is.
     """
 
     ids: list[list[int]]
     framed: list[list[int]] | None
     kept: list[str]
     skipped: list[str]
-    rendered: list[str] | None = None
+    rendered: list[str | None] | None = None
 
 
 class TokenizerEngine(Protocol):

@@ -1,10 +1,9 @@
 """Reports as files: written beside their final names and renamed, so that none is half there."""
 
 import os
-from contextlib import suppress
 from pathlib import Path
 
-from lfmq.formats.writing.temporary import make_way
+from lfmq.formats.writing.temporary import whole_file
 from lfmq.quant.errors import ValidationError
 
 
@@ -18,6 +17,8 @@ def check_writable(*paths: Path | None) -> None:
     for path in named:
         if path.is_dir():
             raise ValidationError(f"{path}: is a folder; name a file")
+        if path.exists() and not path.is_file():
+            raise ValidationError(f"{path}: is a device, not a file that is replaced; name a file")
         if not path.parent.is_dir():
             raise ValidationError(f"{path}: there is no folder {path.parent}; make it first")
         if not os.access(path.parent, os.W_OK):
@@ -32,15 +33,8 @@ def write_report(path: Path, text: str) -> None:
     Raises:
         ValidationError: it cannot be written.
     """
-    part = path.with_name(path.name + ".part")
     try:
-        make_way(part)
-        with part.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        with whole_file(path) as part:
+            part.write_text(text, "utf-8", errors="backslashreplace", newline="\n")
     except OSError as error:
-        with suppress(OSError):
-            part.unlink()
         raise ValidationError(f"{path}: cannot be written ({error.strerror})") from error

@@ -143,7 +143,7 @@ def make_probe(assets: Assets) -> Probe:
         framed=[e.ids for e in tokenizer.encode_batch(texts, add_special_tokens=True)],
         kept=[tokenizer.decode(s, skip_special_tokens=False) for s in sequences],
         skipped=[tokenizer.decode(s, skip_special_tokens=True) for s in sequences],
-        rendered=rendered,
+        rendered=list(rendered),
     )
     return Probe(
         tuple(texts),

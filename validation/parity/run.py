@@ -25,6 +25,7 @@ RUNTIMES = {
     "compressed-tensors": ("tokenizers_library",),
 }
 SLOW = {
+    "gguf": ("llama_server",),
     "mlx": ("mlx_tokenizer",),
     "compressed-tensors": ("transformers_tokenizer",),
 }
@@ -81,7 +82,8 @@ def _template(probe: Probe, run: TokenizerRun, path: Path, name: str) -> Iterato
     if run.rendered is None or not probe.chats:
         return
     pairs = zip(run.rendered, probe.expected.rendered or (), strict=True)
-    differences = (d for pair in pairs for d in _unlike_text("a chat", *pair))
+    asked = ((text, wanted) for text, wanted in pairs if text is not None and wanted is not None)
+    differences = (d for pair in asked for d in _unlike_text("a chat", *pair))
     found = next(differences, None)
     yield TemplateParity(str(path), name, found is None, found)
 

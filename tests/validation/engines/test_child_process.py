@@ -10,7 +10,7 @@ import pytest
 
 from lfmq.quant.errors import ValidationError
 from lfmq.validation.engines import child_process as native
-from lfmq.validation.engines.protocol import EngineRequest
+from lfmq.validation.engines.protocol import EngineRequest, TokenizerRequest, TokenizerRun
 
 IDS = np.arange(3 * 8).reshape(3, 8)
 Install = Callable[[str], None]
@@ -144,3 +144,71 @@ def test_a_parent_that_stops_ends_the_child(install: Install, tmp_path: Path) ->
     runs.close()  # type: ignore[attr-defined]
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
+
+
+TOKENIZER = """
+import os
+from lfmq.quant.errors import ValidationError
+from lfmq.validation.engines.protocol import TokenizerRun
+
+NAME, EXTRA = "Toy", "toy"
+
+def version():
+    {0}
+    return "toy 1"
+
+def tokenize(request):
+    print("noise on stdout")
+    {1}
+    ids = [[ord(c) for c in text] for text in request.texts]
+    kept = ["".join(map(chr, s)) for s in request.sequences]
+    rendered = [chat["messages"][0]["content"] for chat in request.chats]
+    return TokenizerRun(ids, None, kept, kept, rendered)
+"""
+
+
+@pytest.fixture
+def ask(tmp_path: Path, install: Install) -> Callable[..., TokenizerRun]:
+    """Ask a tokenizer with statements of its own in ``version`` and ``tokenize``."""
+
+    def run(version: str = "pass", tokenize: str = "pass") -> TokenizerRun:
+        (tmp_path / "toy_engine.py").write_text(TOKENIZER.format(version, tokenize))
+        chat = {"messages": [{"role": "user", "content": "é\ud800"}]}
+        request = TokenizerRequest(Path("some.build"), ("a\0é", ""), ((0x1F600, 97),), (chat,))
+        name, answer = native.run_tokenizer(request, "toy_engine")
+        assert name == "toy 1"
+        return answer
+
+    return run
+
+
+def test_a_tokenizer_answers_once(ask: Callable[..., TokenizerRun]) -> None:
+    kept = ["\U0001f600a"]
+    assert ask() == TokenizerRun([[97, 0, 233], []], None, kept, kept, ["é\ud800"])
+
+
+@pytest.mark.parametrize(
+    "version", ["import no_such_package", "raise ValidationError('another version')"]
+)
+def test_a_tokenizer_that_is_not_there(version: str, ask: Callable[..., TokenizerRun]) -> None:
+    with pytest.raises(native.UnavailableError, match=r"not installed|another version"):
+        ask(version)
+
+
+@pytest.mark.parametrize(
+    ("statement", "expected"),
+    [
+        ("raise ValidationError('cannot be read')", "^cannot be read$"),
+        (
+            "os._exit(3)",
+            r"some\.build: Toy's tokenizer failed \(exit status 3; it printed nothing",
+        ),
+        ("raise IndexError('x')", r"failed \(exit status 1; IndexError: x\); convert the"),
+    ],
+)
+def test_a_tokenizer_that_fails(
+    statement: str, expected: str, ask: Callable[..., TokenizerRun]
+) -> None:
+    with pytest.raises(ValidationError, match=expected) as caught:
+        ask(tokenize=statement)
+    assert not isinstance(caught.value, native.UnavailableError)

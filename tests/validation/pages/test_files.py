@@ -1,6 +1,7 @@
 """``lfmq validate --html --markdown``: whole files or none, refused before any work."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -44,9 +45,11 @@ def test_both_files_hold_the_documents_numbers(builds, tmp_path):
     assert [b["warnings"] for b in document["builds"]] == [[], []]
 
 
-@pytest.mark.parametrize("name", ["missing/report.html", ".", "twice"])
+@pytest.mark.parametrize("name", ["missing/report.html", ".", "twice", "pipe"])
 def test_what_cannot_be_written_is_refused_before_the_work(builds, tmp_path, name):
     path = tmp_path / name
+    if name == "pipe":  # as --html /dev/null: its name would be given to the report
+        os.mkfifo(path)
     words = ["--html", path] + (["--markdown", path] if name == "twice" else [])
     done = lfmq("validate", "no-such-checkpoint", "no-such-build", *words)
     assert done.exit_code == 1

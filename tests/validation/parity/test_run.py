@@ -203,6 +203,21 @@ def test_a_runtime_that_is_not_installed(
     assert {g.runtime for g in found.tokenizer} == {"tokenizers"}
 
 
+def test_llama_server_renders_the_ggufs_template(
+    assets: Assets, convert_sample: Build, tmp_path: Path
+) -> None:
+    """Where the build runs natively; a template of another wording is found."""
+    pytest.importorskip("xllamacpp")
+    path = convert_sample("int4", "gguf")
+    found = measure_parity(assets, {path: "gguf"}, native=True)
+    assert [t.equal for t in found.template] == [True]
+    assert differences(found) == {}
+    other = tmp_path / path.name
+    other.write_bytes(path.read_bytes().replace(b"List of tools: ", b"List or tools: "))
+    (row,) = measure_parity(assets, {other: "gguf"}, native=True).template
+    assert "List or tools" in str(row.first_difference)
+
+
 @pytest.mark.parametrize(
     ("format", "ask"),
     [("mlx", mlx_tokenizer.tokenize), ("compressed-tensors", transformers_tokenizer.tokenize)],
