@@ -31,7 +31,8 @@ def main() -> None:
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
-    table, faults = Table(title="disks too small, by command"), []
+    table = Table(title="disks too small, by command")
+    faults: list[dict[str, object]] = []
     for column in ("command", "bytes", "disks", "one line, nothing left", "then the same bytes"):
         table.add_column(column, justify="left" if column == "command" else "right")
     with tempfile.TemporaryDirectory() as scratch:
