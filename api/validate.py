@@ -87,14 +87,13 @@ def validate(
         The report; ``failures`` names each limit that a build missed.
 
     Raises:
-        LfmqError: CheckpointError for the checkpoint, ValidationError for builds, text or limits.
+        LfmqError: CheckpointError or ValidationError.
     """
     page, table = (None if path is None else Path(path) for path in (html, markdown))
     check_writable(page, table)
     chosen = Text(paths_of(text), tokens, sequence)
     asked = None if tasks is None else Tasks(Path(tasks), task_count, task_runs, new_tokens)
-    gate = Thresholds() if thresholds is None else load_thresholds(Path(thresholds))
-    gate = gate.with_limits(**limits)
+    gate = _limits(thresholds).with_limits(**limits)
     job = _Job(opened(checkpoint), paths_of(builds), chosen, gate, execution, allow_other)
     report = _measure(job, engines_of(engine), asked, by_layer=by_layer)
     if page is not None:
@@ -102,6 +101,10 @@ def validate(
     if table is not None:
         write_report(table, render_markdown(report))
     return report
+
+
+def _limits(path: str | PathLike[str] | None) -> Thresholds:
+    return Thresholds() if path is None else load_thresholds(Path(path))
 
 
 def engines_of(engine: Engine | Iterable[Engine]) -> tuple[Engine, ...]:

@@ -194,4 +194,4 @@ def _wrong(path: Path, what: str) -> ValidationError:
 def _short(value: object) -> str:
     text = value if isinstance(value, str) else repr(value)
     text = " ".join(text.split())
-    return text if len(text) <= 100 else f"{text[:100]}..."
+    return text if len(text) <= 60 else f"{text[:60]}..."

@@ -19,7 +19,7 @@ from lfmq.converter.checkpoint.checkpoint import Checkpoint
 from lfmq.converter.model.tensors import Tensor, expected_tensors
 from lfmq.converter.run.verify import inputs_of
 from lfmq.formats.build import Reader
-from lfmq.formats.plan import FLOAT_ROLES
+from lfmq.formats.plan import FLOAT_ROLES, Role
 from lfmq.quant.errors import CheckpointError
 from lfmq.quant.types import widened
 
@@ -30,6 +30,8 @@ _LARGEST_ERROR = 0.6
 # Of the projection of a row onto what it should be, from 1; rounding itself takes a share of the
 # error's square away.
 _SCALING = 0.1
+# What no conversion changes; calibration refits routers.
+_UNCHANGED = tuple(role for role in FLOAT_ROLES if role is not Role.ROUTER)
 _ROWS = 2  # in a run; one run in each half of a weight
 _CARD = re.compile(r"^# (.+), [^,\n]+, for (?:mlx|onnx|transformers)$", re.M)
 
@@ -96,7 +98,7 @@ def _letters(name: str) -> str:
 def _other_weights(reader: Reader, checkpoint: Checkpoint) -> str:
     """The first tensor that is not the checkpoint's within what rounding does, in words."""
     for tensor in expected_tensors(checkpoint.config):
-        if tensor.role in FLOAT_ROLES and reader.is_float(tensor.name):
+        if tensor.role in _UNCHANGED and reader.is_float(tensor.name):
             if not _same_floats(checkpoint.read(tensor.name), reader.read(tensor.name)):
                 return f"{tensor.name} has other values than the checkpoint's"
         elif found := _other_rows(tensor, reader, checkpoint):

@@ -163,7 +163,7 @@ def test_what_transformers_cannot_load(int4: Path, expected_int4: Any, tmp_path:
 
 
 def test_a_model_that_loads_in_part(int4: Path, expected_int4: Any, tmp_path: Path) -> None:
-    """transformers fills what it does not find with random numbers, and warns."""
+    """transformers would fill what it does not find with random numbers."""
     copy = edited(int4, tmp_path, lambda config: None)
     weights = copy / "model.safetensors"
     content = weights.read_bytes()
@@ -171,5 +171,4 @@ def test_a_model_that_loads_in_part(int4: Path, expected_int4: Any, tmp_path: Pa
     assert content.count(name) == 1
     weights.write_bytes(content.replace(name, name[:-1] + b"u"))
     message = failure(copy, expected_int4)
-    assert "transformers loads it in part" in message
-    assert name.decode() in message
+    assert f"tensor {name.decode()} is missing" in message

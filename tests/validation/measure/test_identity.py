@@ -49,6 +49,15 @@ def fine_tuned(tensors: Tensors) -> None:
         tensors[name] = values * (1 + 0.01 * rng.standard_normal(values.shape)).astype("f4")
 
 
+def refitted(tensors: Tensors) -> None:
+    """Routers as calibration changes them."""
+    rng = np.random.default_rng(0)
+    for name, values in tensors.items():
+        if name.endswith("feed_forward.gate.weight"):
+            noise = 0.1 * values.std() * rng.standard_normal(values.shape)
+            tensors[name] = values + noise.astype("f4")
+
+
 @pytest.fixture
 def built(make_checkpoint: Any, tmp_path: Path) -> Callable[..., dict[str, Path]]:
     """Builds of a checkpoint after a change of its tensors, by container."""
@@ -89,6 +98,16 @@ def test_its_own_builds_are_the_checkpoints(
                 next(path.parent.glob("*.manifest.json"), Path("none")).unlink(missing_ok=True)
             (build,) = open_builds((path,), ("read",), checkpoint)
             assert build.other == ""
+
+
+def test_a_calibrated_build_has_other_routers(
+    make_checkpoint: Any, built: Callable[..., dict[str, Path]]
+) -> None:
+    builds, checkpoint = built(refitted), open_checkpoint(make_checkpoint())
+    next(iter(builds.values())).parent.joinpath("small-int4.manifest.json").unlink()
+    for path in builds.values():
+        (build,) = open_builds((path,), ("read",), checkpoint)
+        assert build.other == ""
 
 
 @pytest.mark.parametrize("change", [scaled, shuffled, exchanged, fine_tuned])
