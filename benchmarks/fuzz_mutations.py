@@ -5,6 +5,7 @@ import random
 import re
 import struct
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import onnx
@@ -71,7 +72,7 @@ def damage_json(rng: random.Random, content: bytes) -> bytes:
 def _change(rng: random.Random, document: Any) -> Any:
     """The document with one value or key changed somewhere."""
     if not isinstance(document, dict | list) or not document or rng.random() < 0.02:
-        return rng.choice(_VALUES)
+        return deepcopy(rng.choice(_VALUES))
     place: Any = document
     while True:  # from the root: a vocabulary has more places than all else
         inner = list(place.values()) if isinstance(place, dict) else place
@@ -84,11 +85,11 @@ def _change(rng: random.Random, document: Any) -> Any:
     if kind == 0:
         del place[key]
     elif kind == 1 and isinstance(place, dict):
-        place[rng.choice((f"{key}x", "", "\ud800", str(key).upper()))] = place[key]
+        place[rng.choice((f"{key}x", "", "\ud800", str(key).upper()))] = deepcopy(place[key])
     elif kind == 2 and isinstance(place[key], int | float):
         place[key] = place[key] * rng.choice((-1, 2, 1000, 10**9)) + rng.choice((0, 1, -1))
     else:
-        place[key] = rng.choice(_VALUES)
+        place[key] = deepcopy(rng.choice(_VALUES))
     return document
 
 
