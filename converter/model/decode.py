@@ -111,7 +111,8 @@ class Decoder:
                 states[filled] = tokens[0]
         self._lengths = self._lengths + counts
         last = states[torch.arange(len(ids)), (counts - 1).to(model.device)]
-        head = model.weight(head_of(model.config))
+        name = head_of(model.config)
+        head = table if name == EMBEDDING else model.weight(name)
         return F.linear(normed(model, FINAL_NORM, last[None]), head).float()
 
     def _make_room(self, columns: int) -> None:
