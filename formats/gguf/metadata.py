@@ -18,6 +18,7 @@ from gguf import (
 from lfmq.formats.build import Assets
 from lfmq.formats.gguf.chat_template import add_templates
 from lfmq.formats.gguf.general import add_authorship, add_sampling
+from lfmq.formats.gguf.keys import SIGMOID
 from lfmq.formats.gguf.names import ARCHITECTURES
 from lfmq.formats.gguf.pretokenizer import text_rules
 from lfmq.formats.gguf.special_vocabulary import add_special_vocabulary
@@ -27,8 +28,6 @@ from lfmq.formats.huggingface.side_files import without_mark
 from lfmq.formats.plan import ModelConfig, Plan
 from lfmq.formats.versions import PROVEN
 from lfmq.quant.errors import UnsupportedError
-
-_SIGMOID = 2  # llama.cpp's LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID
 
 # Of a main type, where its name is not MOSTLY and the type's.
 _FILE_TYPES = {
@@ -122,7 +121,7 @@ def _add_experts(writer: GGUFWriter, g: ModelConfig) -> None:
     writer.add_expert_used_count(g.num_experts_per_tok)
     writer.add_expert_feed_forward_length(g.moe_intermediate_size)
     writer.add_leading_dense_block_count(g.num_dense_layers)
-    writer.add_uint32(f"{ARCHITECTURES[g.model_type].name}.expert_gating_func", _SIGMOID)
+    writer.add_uint32(f"{ARCHITECTURES[g.model_type].name}.expert_gating_func", SIGMOID)
 
 
 def _add_tokenizer(writer: GGUFWriter, g: ModelConfig, assets: Assets) -> None:

@@ -19,7 +19,8 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
-from lfmq.quant.errors import ValidationError
+from lfmq.formats.huggingface.safetensors_file import StoredTensor, read_tensor
+from lfmq.quant.errors import CheckpointError, ValidationError
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -134,21 +135,10 @@ def read_run(path: Path, offset: int, nbytes: int) -> NDArray[np.uint8]:
     Raises:
         ValidationError: it cannot be read, or became shorter.
     """
-    content = np.empty(nbytes, np.uint8)
-    view, done = content.data, 0
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            while done < nbytes:
-                n = os.preadv(descriptor, [view[done:]], offset + done)
-                if n == 0:
-                    raise ValidationError(f"{path}: became shorter while it was read")
-                done += n
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise ValidationError(f"{path}: cannot be read ({error.strerror or error})") from error
-    return content
+        return read_tensor(StoredTensor(path, "U8", (nbytes,), offset, nbytes))
+    except CheckpointError as error:
+        raise ValidationError(str(error)) from error
 
 
 class _Scanner:
