@@ -31,3 +31,9 @@ class ClusterError(LfmqError):
 
 class UsageError(LfmqError):
     """Options exclude each other, or one needs another; the command line exits with status 2."""
+
+
+def quoted(value: object, most: int = 80) -> str:
+    """A value as a line of an error quotes it: its ``repr``, cut after ``most`` characters."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."

@@ -7,13 +7,16 @@ that does; any other is refused, because an engine may compute with it.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from re import _constants as codes  # type: ignore[attr-defined]
 from re import _parser as parser  # type: ignore[attr-defined]
 from typing import Any
 
 from lfmq.formats.compressed_tensors.config import METHOD, PACKED
-from lfmq.quant.errors import ValidationError
+from lfmq.quant.errors import ValidationError, quoted
+
+_short = partial(quoted, most=120)
 
 _SCHEME = {"type": "int", "symmetric": True, "strategy": "group"}
 # Keys of a group's weights beside these and the widths, and the values that change nothing.
@@ -192,11 +195,6 @@ def _repeats(parsed: Any, *, inside: bool) -> Iterator[bool]:
                 yield from _repeats(branch, inside=inside)
         elif code not in (codes.LITERAL, codes.NOT_LITERAL, codes.ANY, codes.IN, codes.AT):
             yield True  # references, assertions, conditions
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else f"{text[:120]}..."
 
 
 def _short_name(name: str) -> str:

@@ -22,7 +22,7 @@ from lfmq.formats.huggingface.safetensors_file import (
 )
 from lfmq.formats.huggingface.shards import read_build_tensors
 from lfmq.formats.plan import ModelConfig, Plan
-from lfmq.quant.errors import CheckpointError, ValidationError
+from lfmq.quant.errors import CheckpointError, ValidationError, quoted
 from lfmq.quant.types import Scheme
 
 _NAME = re.compile(r"model\.(?:layers\.(\d+)\.(?:.*\.experts\.(\d+)\.)?)?.*")
@@ -67,7 +67,7 @@ class CompressedTensorsReader:
         for name, tensor in self._tensors.items():
             if name not in expected:
                 raise ValidationError(
-                    f"{tensor.path}: has a tensor {_short(name)} that the model does not have; "
+                    f"{tensor.path}: has a tensor {quoted(name)} that the model does not have; "
                     "it is of another model, write the build again"
                 )
 
@@ -181,11 +181,6 @@ class CompressedTensorsReader:
         values -= np.float32(2 ** (group.bits - 1))
         values *= read_floats(scale)[..., None]
         return values.reshape(scale.shape[0], shape[1])
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 # ---- the model

@@ -13,7 +13,7 @@ from typing import Any
 from lfmq.formats.gguf.names import ARCHITECTURES
 from lfmq.formats.gguf.scan import Field, FieldType, Header
 from lfmq.formats.plan import ModelConfig, ModelType, without_experts
-from lfmq.quant.errors import ValidationError
+from lfmq.quant.errors import ValidationError, quoted
 
 SIGMOID = 2  # llama.cpp's LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID
 # llama.cpp's own value when the key is missing: the reader must see what the runtime will do
@@ -125,7 +125,7 @@ class _Keys:
         kind = self._fields.get("general.type")
         if kind is not None and kind.value != "model":
             raise ValidationError(
-                f"{self._path}: general.type is {_short(kind.value)}, expected 'model'"
+                f"{self._path}: general.type is {quoted(kind.value)}, expected 'model'"
             )
         field = self._fields.get("general.architecture")
         found = None if field is None else field.value
@@ -133,7 +133,7 @@ class _Keys:
             if architecture.name == found:
                 return model_type
         known = " or ".join(repr(a.name) for a in ARCHITECTURES.values())
-        raise ValidationError(f"{self._path}: architecture {_short(found)}, expected {known}")
+        raise ValidationError(f"{self._path}: architecture {quoted(found)}, expected {known}")
 
     def integer(self, key: str, *, least: int = 1, most: int = _LARGEST) -> int:
         """An integer of the model."""
@@ -200,7 +200,7 @@ class _Keys:
                 continue
             if key not in _NEUTRAL:
                 raise ValidationError(
-                    f"{self._path}: has the key {_short(name)} ({_short(field.value)}), which is "
+                    f"{self._path}: has the key {quoted(name)} ({quoted(field.value)}), which is "
                     "not known here and which llama.cpp may compute with; write the build again"
                 )
             accepts, words = _NEUTRAL[key]
@@ -221,7 +221,7 @@ class _Keys:
         name = key if key.startswith("tokenizer.") else self._prefix + key
         kind = f"a list of {field.type.name}" if isinstance(field.value, list) else field.type.name
         return ValidationError(
-            f"{self._path}: {name} is {_short(field.value)} ({kind}), expected {expected}; "
+            f"{self._path}: {name} is {quoted(field.value)} ({kind}), expected {expected}; "
             "write the build again"
         )
 
@@ -245,7 +245,7 @@ def check_tokenizer(path: object, fields: Mapping[str, Field], config: ModelConf
         value = None if field is None else field.value
         if field is None or not isinstance(value, list) or field.type is not kind:
             raise ValidationError(
-                f"{path}: {key} is {_short(value)}, expected a list of {kind.name}; write the "
+                f"{path}: {key} is {quoted(value)}, expected a list of {kind.name}; write the "
                 "build again"
             )
         if len(value) != config.vocab_size:
@@ -253,8 +253,3 @@ def check_tokenizer(path: object, fields: Mapping[str, Field], config: ModelConf
                 f"{path}: {key} has {len(value):,} items, the embedding has {config.vocab_size:,} "
                 "rows; write the build again"
             )
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."

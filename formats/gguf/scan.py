@@ -20,7 +20,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
 from lfmq.formats.huggingface.safetensors_file import StoredTensor, read_tensor
-from lfmq.quant.errors import CheckpointError, ValidationError
+from lfmq.quant.errors import CheckpointError, ValidationError, quoted
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -162,7 +162,7 @@ class _Scanner:
         for _ in range(keys):
             name = self._text("a key's name")
             if name in fields:
-                raise self._wrong(f"has the key {_short(name)} twice")
+                raise self._wrong(f"has the key {quoted(name)} twice")
             fields[name] = self._field(name)
         alignment = self._alignment(fields.get("general.alignment"))
         rows = [self._row() for _ in range(tensors)]
@@ -174,21 +174,21 @@ class _Scanner:
         value = field.value
         if field.type is not FieldType.UINT32 or isinstance(value, list) or value.bit_count() != 1:
             raise self._wrong(
-                f"general.alignment is {_short(value)}, expected a power of two as UINT32"
+                f"general.alignment is {quoted(value)}, expected a power of two as UINT32"
             )
         return int(value)
 
     # ---- keys
 
     def _field(self, name: str) -> Field:
-        kind = self._type(f"the key {_short(name)}")
+        kind = self._type(f"the key {quoted(name)}")
         if kind is not FieldType.ARRAY:
             return Field(kind, self._values(name, kind, 1)[0])
-        kind = self._type(f"the list {_short(name)}")
+        kind = self._type(f"the list {quoted(name)}")
         if kind is FieldType.ARRAY:
-            raise self._wrong(f"{_short(name)} is a list of lists, which GGUF files do not have")
+            raise self._wrong(f"{quoted(name)} is a list of lists, which GGUF files do not have")
         nbytes = 8 if kind is FieldType.STRING else np.dtype(_NUMBERS[kind]).itemsize
-        count = self._count("<Q", f"items of {_short(name)}", least_bytes=nbytes)
+        count = self._count("<Q", f"items of {quoted(name)}", least_bytes=nbytes)
         return Field(kind, self._values(name, kind, count))
 
     def _type(self, what: str) -> FieldType:
@@ -200,13 +200,13 @@ class _Scanner:
 
     def _values(self, name: str, kind: FieldType, count: int) -> list[Any]:
         if kind is FieldType.STRING:
-            return [self._text(_short(name)) for _ in range(count)]
+            return [self._text(quoted(name)) for _ in range(count)]
         dtype = np.dtype(_NUMBERS[kind])
-        stored = np.frombuffer(self._take(count * dtype.itemsize, _short(name)), dtype)
+        stored = np.frombuffer(self._take(count * dtype.itemsize, quoted(name)), dtype)
         if kind is not FieldType.BOOL:
             return list(stored.tolist())
         if (stored > 1).any():
-            raise self._wrong(f"{_short(name)} has a flag that is neither 0 nor 1")
+            raise self._wrong(f"{quoted(name)} has a flag that is neither 0 nor 1")
         return list(stored.astype(bool).tolist())
 
     # ---- tensors
@@ -214,27 +214,27 @@ class _Scanner:
     def _row(self) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
         name = self._text("a tensor's name")
         if len(name.encode()) > _LONGEST_NAME:
-            raise self._wrong(f"tensor {_short(name)} has a name of more than 63 bytes")
-        count = self._number("<I", f"dimensions of {_short(name)}")
+            raise self._wrong(f"tensor {quoted(name)} has a name of more than 63 bytes")
+        count = self._number("<I", f"dimensions of {quoted(name)}")
         if not 1 <= count <= _MOST_DIMENSIONS:
-            raise self._wrong(f"tensor {_short(name)} has {count} dimensions, expected 1 to 4")
-        sizes = tuple(self._number("<Q", f"the shape of {_short(name)}") for _ in range(count))
+            raise self._wrong(f"tensor {quoted(name)} has {count} dimensions, expected 1 to 4")
+        sizes = tuple(self._number("<Q", f"the shape of {quoted(name)}") for _ in range(count))
         if not all(0 < n < 2**48 for n in sizes):
-            raise self._wrong(f"tensor {_short(name)} has shape {_short(sizes[::-1])}")
-        number = self._number("<I", f"the type of {_short(name)}")
+            raise self._wrong(f"tensor {quoted(name)} has shape {quoted(sizes[::-1])}")
+        number = self._number("<I", f"the type of {quoted(name)}")
         try:
             kind = GGMLQuantizationType(number)
             block, _ = GGML_QUANT_SIZES[kind]
         except (ValueError, KeyError) as error:
             raise self._wrong(
-                f"tensor {_short(name)} has type {number}, which this gguf-py does not know"
+                f"tensor {quoted(name)} has type {number}, which this gguf-py does not know"
             ) from error
         if sizes[0] % block:
             raise self._wrong(
-                f"tensor {_short(name)} has rows of {sizes[0]} weights, {kind.name} has blocks of "
+                f"tensor {quoted(name)} has rows of {sizes[0]} weights, {kind.name} has blocks of "
                 f"{block}"
             )
-        return name, sizes[::-1], kind, self._number("<Q", f"the offset of {_short(name)}")
+        return name, sizes[::-1], kind, self._number("<Q", f"the offset of {quoted(name)}")
 
     def _place(
         self, rows: list[tuple[str, tuple[int, ...], GGMLQuantizationType, int]], alignment: int
@@ -243,14 +243,14 @@ class _Scanner:
         start, end, found = _padded(self._at, alignment), 0, dict[str, TensorInfo]()
         for name, shape, kind, offset in rows:
             if name in found:
-                raise self._wrong(f"has the tensor {_short(name)} twice")
+                raise self._wrong(f"has the tensor {quoted(name)} twice")
             block, nbytes = GGML_QUANT_SIZES[kind]
             nbytes = math.prod(shape) // block * nbytes
             if offset != end:
-                raise self._wrong(f"tensor {_short(name)} is at {offset:,}, expected {end:,}")
+                raise self._wrong(f"tensor {quoted(name)} is at {offset:,}, expected {end:,}")
             if start + offset + nbytes > self._size:
                 raise self._wrong(
-                    f"{self._size:,} bytes, but {_short(name)} ends at "
+                    f"{self._size:,} bytes, but {quoted(name)} ends at "
                     f"{start + offset + nbytes:,}; the file is cut off"
                 )
             found[name] = TensorInfo(self._path, kind, shape, start + offset, nbytes)
@@ -299,8 +299,3 @@ class _Scanner:
 
 def _padded(nbytes: int, alignment: int) -> int:
     return -(-nbytes // alignment) * alignment
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."

@@ -1,5 +1,6 @@
 """From a checkpoint's ``config.json`` to a :class:`ModelConfig`, strict about what it needs."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ from lfmq.formats.huggingface.config_keys import check_keys
 from lfmq.formats.huggingface.json_file import parse_object
 from lfmq.formats.huggingface.rope import rope_theta
 from lfmq.formats.plan import ModelConfig, without_experts
-from lfmq.quant.errors import CheckpointError
+from lfmq.quant.errors import CheckpointError, quoted
 
 _POSITIVE = (
     "hidden_size",
@@ -18,6 +19,8 @@ _POSITIVE = (
     "max_position_embeddings",
     "conv_L_cache",
 )
+
+_short = partial(quoted, most=60)
 _LARGEST = 2**31 - 1
 # Far above any model (LFM2-24B-A2B has 2,432 experts); beyond it the lists of tensors fill memory.
 _MOST_LAYERS, _MOST_EXPERTS = 10_000, 1_000_000
@@ -173,11 +176,6 @@ def _real(value: Any, key: str, source: Path) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e30:
         raise CheckpointError(f"{source}: {key} is {_short(value)}, expected a positive number")
     return float(value)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def _token(config: dict[str, Any], key: str, source: Path) -> int | None:

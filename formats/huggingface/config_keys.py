@@ -4,10 +4,13 @@ transformers keeps every key it does not know, and any code of it may ask for on
 list is therefore refused by its name, unless its value says that there is no such thing.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lfmq.quant.errors import CheckpointError
+from lfmq.quant.errors import CheckpointError, quoted
+
+_short = partial(quoted, most=40)
 
 # Read or checked by :mod:`.config`, :mod:`.rope` and ``lfmq.converter.checkpoint``.
 _HANDLED = """
@@ -108,8 +111,3 @@ def _check_only(key: str, value: Any, source: Path) -> None:
         raise CheckpointError(
             f"{source}: {key} is {_short(value)}, expected {known}: no more is supported for LFM2"
         )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."

@@ -7,10 +7,13 @@ Only a base that no key states is refused here where transformers takes 1,000,00
 another.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lfmq.quant.errors import CheckpointError
+from lfmq.quant.errors import CheckpointError, quoted
+
+_short = partial(quoted, most=40)
 
 _LAYER_TYPES = ("full_attention", "conv", "sliding_attention", "chunked_attention")
 # Parameters of the scaled types with the value that scales nothing; None: any has no effect.
@@ -62,8 +65,3 @@ def _check_plain(parameters: dict[str, Any], key: str, source: Path) -> None:
                 f"{source}: {_short(name)}{inside} is {_short(value)}; plain rope has none, "
                 "others are not supported"
             )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lfmq.formats.huggingface.safetensors_file import StoredTensor, read_header
 from lfmq.formats.huggingface.safetensors_layout import INDEX_FILE
-from lfmq.quant.errors import CheckpointError, ValidationError
+from lfmq.quant.errors import CheckpointError, ValidationError, quoted
 
 
 def read_build_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -35,7 +35,7 @@ def read_build_tensors(folder: Path) -> dict[str, StoredTensor]:
         for name in tensors:
             if name in found:
                 raise ValidationError(
-                    f"{path}: {_short(name)} is also in {found[name].path.name}; engines differ "
+                    f"{path}: {quoted(name)} is also in {found[name].path.name}; engines differ "
                     "in which they take"
                 )
         found |= tensors
@@ -60,11 +60,11 @@ def _check_index(index: Path, found: Mapping[str, StoredTensor]) -> None:
             f"{index}: not a valid safetensors index ({error!r:.100})"
         ) from error
     if not isinstance(weight_map, dict):
-        raise ValidationError(f"{index}: weight_map is {_short(weight_map)}, expected an object")
+        raise ValidationError(f"{index}: weight_map is {quoted(weight_map)}, expected an object")
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
             raise ValidationError(
-                f"{index}: {_short(name)} is in {_short(file)}, expected the name of a file in "
+                f"{index}: {quoted(name)} is in {quoted(file)}, expected the name of a file in "
                 "the build's folder"
             )
         if name not in found:
@@ -74,16 +74,11 @@ def _check_index(index: Path, found: Mapping[str, StoredTensor]) -> None:
             )
         if found[name].path.name != file:
             raise ValidationError(
-                f"{index}: says that {_short(name)} is in {_short(file)}, it is in "
+                f"{index}: says that {quoted(name)} is in {quoted(file)}, it is in "
                 f"{found[name].path.name}; write the build again"
             )
     for name, tensor in found.items():
         if name not in weight_map:
             raise ValidationError(
-                f"{tensor.path}: {_short(name)} is not in {INDEX_FILE}; write the build again"
+                f"{tensor.path}: {quoted(name)} is not in {INDEX_FILE}; write the build again"
             )
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."

@@ -24,7 +24,7 @@ from lfmq.formats.huggingface.safetensors_file import (
 from lfmq.formats.huggingface.shards import read_build_tensors
 from lfmq.formats.mlx.names import module_path
 from lfmq.formats.plan import ModelConfig, Plan
-from lfmq.quant.errors import CheckpointError, ValidationError
+from lfmq.quant.errors import CheckpointError, ValidationError, quoted
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\..*")
 _BITS = (4, 5, 6, 8)
@@ -76,13 +76,13 @@ class MlxReader:
         for name, tensor in self._tensors.items():
             if name not in expected:
                 raise ValidationError(
-                    f"{tensor.path}: has a tensor {_short(name)} that the model does not have; "
+                    f"{tensor.path}: has a tensor {quoted(name)} that the model does not have; "
                     "it is of another model, write the build again"
                 )
         for key in self._quantization:
             if key not in _FOR_ALL and key not in modules:
                 raise ValidationError(
-                    f"{self._path / 'config.json'}: quantization has {_short(key)}, which is no "
+                    f"{self._path / 'config.json'}: quantization has {quoted(key)}, which is no "
                     "module of the model; write the build again"
                 )
 
@@ -208,7 +208,7 @@ def _quantization(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     for key in ("model_file", "quantize_activations", "compression_config"):
         if config.get(key):
             raise ValidationError(
-                f"{source}: {key} is {_short(config[key])}, with which mlx-lm would compute "
+                f"{source}: {key} is {quoted(config[key])}, with which mlx-lm would compute "
                 "otherwise; write the build again"
             )
     if (other := folder / "hf_quant_config.json").exists():
@@ -217,11 +217,6 @@ def _quantization(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(quantization, dict):
         raise ValidationError(f"{source}: quantization is not an object; write the build again")
     return quantization
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _shape(name: str, g: ModelConfig) -> tuple[int, ...] | None:

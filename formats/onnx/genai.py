@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lfmq.formats.plan import ModelConfig
-from lfmq.quant.errors import ValidationError
+from lfmq.quant.errors import ValidationError, quoted
 
 MODEL_FILE = "model.onnx"
 GENAI_FILE = "genai_config.json"
@@ -90,11 +90,6 @@ def check_genai(folder: Path, config: ModelConfig) -> None:
             wanted.get(key)
         ):
             raise ValidationError(
-                f"{path}: model.{key} is {_short(stated.get(key))}, expected "
-                f"{_short(wanted.get(key))}; write the build again"
+                f"{path}: model.{key} is {quoted(stated.get(key))}, expected "
+                f"{quoted(wanted.get(key))}; write the build again"
             )
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."

@@ -19,7 +19,7 @@ from lfmq.formats.onnx.genai import check_genai
 from lfmq.formats.onnx.placement import DATA_FILE as DATA_FILE
 from lfmq.formats.onnx.tensors import unpack
 from lfmq.formats.plan import Plan, TensorPlan
-from lfmq.quant.errors import CheckpointError, ValidationError
+from lfmq.quant.errors import CheckpointError, ValidationError, quoted
 from lfmq.quant.types import Scheme, Storage
 
 # The graph and its small constants; weights lie in the data file.
@@ -75,22 +75,22 @@ class OnnxReader:
         whole = len(place) == len(entries) and place.keys() == {"location", "offset", "length"}
         if not whole or not all(isinstance(value, str) for value in place.values()):
             raise self._wrong(
-                tensor, f"is at {_short(entries)}, expected location, offset, length"
+                tensor, f"is at {quoted(entries)}, expected location, offset, length"
             )
         if place["location"] != DATA_FILE:
             raise self._wrong(
                 tensor,
-                f"lies in {_short(place['location'])}, expected {DATA_FILE!r} in the folder",
+                f"lies in {quoted(place['location'])}, expected {DATA_FILE!r} in the folder",
             )
         if not all(re.fullmatch(r"[0-9]{1,15}", place[key]) for key in ("offset", "length")):
             raise self._wrong(
-                tensor, f"is at {_short(place)}, expected offset and length in bytes"
+                tensor, f"is at {quoted(place)}, expected offset and length in bytes"
             )
         offset, length = int(place["offset"]), int(place["length"])
         shape = tuple(tensor.dims)
         dtype = _DTYPES.get(tensor.data_type)
         if dtype is None or not shape or not all(0 < n < 2**40 for n in shape):
-            raise self._wrong(tensor, f"has type {tensor.data_type} and shape {_short(shape)}")
+            raise self._wrong(tensor, f"has type {tensor.data_type} and shape {quoted(shape)}")
         count = np.dtype(dtype).itemsize
         for n in shape:
             count *= n
@@ -98,14 +98,14 @@ class OnnxReader:
             raise self._wrong(tensor, f"has {length:,} bytes, its shape takes {count:,}")
         if offset + length > len(self._data):
             raise ValidationError(
-                f"{self._path / DATA_FILE}: {len(self._data):,} bytes, but {_short(tensor.name)} "
+                f"{self._path / DATA_FILE}: {len(self._data):,} bytes, but {quoted(tensor.name)} "
                 f"ends at {offset + length:,}; the file is truncated, write or copy it again"
             )
         return _Placed(tensor.name, tensor.data_type, shape, offset, length)
 
     def _wrong(self, tensor: TensorProto, what: str) -> ValidationError:
         return ValidationError(
-            f"{self._graph}: tensor {_short(tensor.name)} {what}; write the build again"
+            f"{self._graph}: tensor {quoted(tensor.name)} {what}; write the build again"
         )
 
     def _find_stacks(self) -> dict[str, dict[int, tuple[str, int]]]:
@@ -121,7 +121,7 @@ class OnnxReader:
             rows = list(range(tensor.shape[0])) if listed is None else self._members(listed)
             if len(rows) != tensor.shape[0]:
                 raise ValidationError(
-                    f"{self._graph}: {_short(name)} holds {tensor.shape[0]} experts, its list "
+                    f"{self._graph}: {quoted(name)} holds {tensor.shape[0]} experts, its list "
                     f"has {len(rows)}; write the build again"
                 )
             stack = stacks.setdefault(f"{experts}.{part}", {})
@@ -149,7 +149,7 @@ class OnnxReader:
         producer = self._model.producer_name
         if producer != "lfmq":
             raise ValidationError(
-                f"{self._graph}: made by {_short(producer)}, only graphs that lfmq writes can be "
+                f"{self._graph}: made by {quoted(producer)}, only graphs that lfmq writes can be "
                 "checked; convert the checkpoint to onnx"
             )
         plan = Plan(self.config, entries, model.recipe)
@@ -190,13 +190,13 @@ class OnnxReader:
         found = self._schemes.get(codes, set())
         if len(found) != 1:
             raise ValidationError(
-                f"{self._graph}: no one operator says how {_short(codes)} is quantized (found "
-                f"{_short(sorted(found))}); write the build again"
+                f"{self._graph}: no one operator says how {quoted(codes)} is quantized (found "
+                f"{quoted(sorted(found))}); write the build again"
             )
         bits, group = next(iter(found))
         if bits not in _BITS or group not in _GROUPS:
             raise ValidationError(
-                f"{self._graph}: {_short(codes)} has {bits} bits in groups of {group}, expected "
+                f"{self._graph}: {quoted(codes)} has {bits} bits in groups of {group}, expected "
                 f"{_BITS} bits in groups of {_GROUPS}; write the build again"
             )
         zeros = _zero_name(codes) in self._tensors
@@ -310,8 +310,3 @@ def _schemes_of(nodes: Iterable[onnx.NodeProto]) -> dict[str, set[tuple[int, int
                 pairs = found.setdefault(node.input[index], set())
                 pairs.add((bits, facts.get("block_size", 0)))
     return found
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."
