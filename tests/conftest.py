@@ -27,7 +27,7 @@ from lfmq.converter.statistics.statistics import (
     load_statistics,
     save_statistics,
 )
-from lfmq.formats.build import Assets
+from lfmq.formats.build import Assets, BuildLayout
 from lfmq.formats.plan import (
     FLOAT_ROLES,
     ModelConfig,
@@ -35,6 +35,7 @@ from lfmq.formats.plan import (
     Role,
     TensorPlan,
 )
+from lfmq.formats.writing.writer import BuildWriter
 from lfmq.quant.types import (
     Quantized,
     Scheme,
@@ -194,6 +195,20 @@ def random_weight() -> Callable[[TensorPlan], Weight]:
         return Quantized(codes, scale, scheme)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def write_random(random_weight: Callable[[TensorPlan], Weight]) -> Callable[..., Path]:
+    """Writes a build of random weights, as its layout says; where it is."""
+
+    def write(path: Path, plan: Plan, layout: BuildLayout) -> Path:
+        with BuildWriter(path, layout) as writer:
+            for unit in plan.write_groups():
+                writer.write({e.name: random_weight(e) for e in unit})
+            writer.commit()
+        return path
+
+    return write
 
 
 def _random_float(rng: np.random.Generator, entry: TensorPlan) -> NDArray[np.float32]:

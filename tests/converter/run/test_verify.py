@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from lfmq.converter.plan.recipe import load_recipe
 from lfmq.converter.run.convert import convert
 from lfmq.converter.run.verify import inputs_of, verify_build
 from lfmq.formats.registry import FORMATS
-from lfmq.quant.errors import ValidationError
+from lfmq.tests.refusals import refusal_of
 
 Edit = Callable[[dict[str, Any]], Any]
 
@@ -42,13 +43,7 @@ def edit(build: Path, change: Edit) -> None:
     path.write_text(json.dumps(document))
 
 
-def refusal(build: Path) -> str:
-    with pytest.raises(ValidationError) as caught:
-        verify_build(build)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert len(message) < 400
-    return message
+refusal = partial(refusal_of, verify_build)
 
 
 def first(entry: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import json
 import re
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,9 @@ from lfmq.formats.build import Assets
 from lfmq.formats.compressed_tensors import container as ct
 from lfmq.formats.compressed_tensors.block import read_block
 from lfmq.formats.compressed_tensors.config import quantization_config
-from lfmq.formats.plan import ModelConfig, Plan, TensorPlan
-from lfmq.formats.writing.writer import BuildWriter
-from lfmq.quant.errors import ValidationError
-from lfmq.quant.types import Scheme, Weight
+from lfmq.formats.plan import ModelConfig, Plan
+from lfmq.quant.types import Scheme
+from lfmq.tests.refusals import refusal_of
 
 CONV = "model.layers.0.conv.in_proj.weight"
 
@@ -30,23 +30,13 @@ def build(
     tiny_config: ModelConfig,
     tiny_assets: Assets,
     make_plan: Callable[..., Plan],
-    random_weight: Callable[[TensorPlan], Weight],
+    write_random: Callable[..., Path],
 ) -> Path:
     plan = make_plan(tiny_config, overrides={"model.embed_tokens.weight": "float32"})
-    with BuildWriter(tmp_path / "a", ct.layout(plan, tiny_assets)) as writer:
-        for unit in plan.write_groups():
-            writer.write({e.name: random_weight(e) for e in unit})
-        writer.commit()
-    return tmp_path / "a"
+    return write_random(tmp_path / "a", plan, ct.layout(plan, tiny_assets))
 
 
-def refusal(build: Path) -> str:
-    with pytest.raises(ValidationError) as caught:
-        open_build(build)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert len(message) < 400
-    return message
+refusal = partial(refusal_of, open_build)
 
 
 def configure(build: Path, edit: Callable[[dict[str, Any]], Any]) -> None:

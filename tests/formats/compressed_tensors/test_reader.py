@@ -12,11 +12,9 @@ from lfmq.converter.model.tensors import expected_tensors
 from lfmq.formats.build import Assets
 from lfmq.formats.compressed_tensors import container as ct
 from lfmq.formats.compressed_tensors.reader import _shape
-from lfmq.formats.plan import ModelConfig, Plan, TensorPlan
+from lfmq.formats.plan import ModelConfig, Plan
 from lfmq.formats.registry import detect_format
-from lfmq.formats.writing.writer import BuildWriter
 from lfmq.quant.errors import ValidationError
-from lfmq.quant.types import Weight
 
 CONV = "model.layers.0.conv.in_proj.weight"
 EXPERT = "model.layers.2.feed_forward.experts.1.w2.weight"
@@ -28,14 +26,10 @@ def build(
     tiny_config: ModelConfig,
     tiny_assets: Assets,
     make_plan: Callable[..., Plan],
-    random_weight: Callable[[TensorPlan], Weight],
+    write_random: Callable[..., Path],
 ) -> Path:
     plan = make_plan(tiny_config)
-    with BuildWriter(tmp_path / "a", ct.layout(plan, tiny_assets)) as writer:
-        for unit in plan.write_groups():
-            writer.write({e.name: random_weight(e) for e in unit})
-        writer.commit()
-    return tmp_path / "a"
+    return write_random(tmp_path / "a", plan, ct.layout(plan, tiny_assets))
 
 
 def edit(build: Path, change: Callable[[dict[str, Any]], Any]) -> None:

@@ -12,11 +12,9 @@ from gguf import GGUFReader, GGUFValueType, GGUFWriter
 from lfmq.converter.run.open_build import open_build
 from lfmq.formats.build import Assets
 from lfmq.formats.gguf import container as gguf
-from lfmq.formats.plan import ModelConfig, Plan, TensorPlan
+from lfmq.formats.plan import ModelConfig, Plan
 from lfmq.formats.registry import build_nbytes
-from lfmq.formats.writing.writer import BuildWriter
 from lfmq.quant.errors import ValidationError
-from lfmq.quant.types import Weight
 from lfmq.validation.engines.child_process import run_native
 from lfmq.validation.engines.protocol import EngineRequest
 
@@ -29,16 +27,12 @@ def build(
     tiny_config: ModelConfig,
     tiny_assets: Assets,
     make_plan: Callable[..., Plan],
-    random_weight: Callable[[TensorPlan], Weight],
+    write_random: Callable[..., Path],
 ) -> Path:
     config = replace(tiny_config, vocab_size=8200)
     assets = replace(tiny_assets, config_json={**tiny_assets.config_json, "vocab_size": 8200})
     plan, path = make_plan(config), tmp_path / "a.gguf"
-    with BuildWriter(path, gguf.layout(plan, assets)) as writer:
-        for unit in plan.write_groups():
-            writer.write({e.name: random_weight(e) for e in unit})
-        writer.commit()
-    return path
+    return write_random(path, plan, gguf.layout(plan, assets))
 
 
 def rewrite(source: Path, target: Path, change: Change | None = None, **options: Any) -> Path:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,9 @@ from lfmq.formats.build import Assets
 from lfmq.formats.mlx import container as mlx
 from lfmq.formats.mlx.names import module_path
 from lfmq.formats.mlx.reader import _shape
-from lfmq.formats.plan import ModelConfig, Plan, TensorPlan
-from lfmq.formats.writing.writer import BuildWriter
+from lfmq.formats.plan import ModelConfig, Plan
 from lfmq.quant.errors import ValidationError
-from lfmq.quant.types import Weight
+from lfmq.tests.refusals import refusal_of
 
 EMBEDDING = "model.embed_tokens"
 GATE = "model.layers.2.feed_forward.gate"
@@ -31,14 +31,10 @@ def build(
     tiny_config: ModelConfig,
     tiny_assets: Assets,
     make_plan: Callable[..., Plan],
-    random_weight: Callable[[TensorPlan], Weight],
+    write_random: Callable[..., Path],
 ) -> Path:
     plan = make_plan(tiny_config)
-    with BuildWriter(tmp_path / "a-mlx", mlx.layout(plan, tiny_assets)) as writer:
-        for unit in plan.write_groups():
-            writer.write({e.name: random_weight(e) for e in unit})
-        writer.commit()
-    return tmp_path / "a-mlx"
+    return write_random(tmp_path / "a-mlx", plan, mlx.layout(plan, tiny_assets))
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, 20_000])
@@ -150,13 +146,7 @@ def test_a_missing_shard(build: Path) -> None:
 # ---- what mlx-lm would load and the reader does not know
 
 
-def refusal(build: Path) -> str:
-    with pytest.raises(ValidationError) as caught:
-        open_build(build)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert len(message) < 400
-    return message
+refusal = partial(refusal_of, open_build)
 
 
 def change(build: Path, edit: Callable[[Tensors], Any], *, index: bool = True) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,9 @@ from lfmq.converter.run.open_build import open_build
 from lfmq.formats.build import Assets
 from lfmq.formats.onnx import container as onnx_format
 from lfmq.formats.onnx.reader import DATA_FILE, MODEL_FILE
-from lfmq.formats.plan import ModelConfig, Plan, TensorPlan
-from lfmq.formats.writing.writer import BuildWriter
-from lfmq.quant.errors import ValidationError
-from lfmq.quant.types import Scheme, Weight
+from lfmq.formats.plan import ModelConfig, Plan
+from lfmq.quant.types import Scheme
+from lfmq.tests.refusals import refusal_of
 
 Edit = Callable[[onnx.ModelProto], Any]
 
@@ -30,7 +30,7 @@ def build(
     tiny_config: ModelConfig,
     tiny_assets: Assets,
     make_plan: Callable[..., Plan],
-    random_weight: Callable[[TensorPlan], Weight],
+    write_random: Callable[..., Path],
 ) -> Path:
     storages: dict[int, Scheme | str] = {1: Scheme(8), 4: "float32"}
     experts = {
@@ -39,20 +39,10 @@ def build(
         for w in ("w1", "w2", "w3")
     }
     plan = make_plan(tiny_config, overrides=experts)
-    with BuildWriter(tmp_path / "a-onnx", onnx_format.layout(plan, tiny_assets)) as writer:
-        for unit in plan.write_groups():
-            writer.write({e.name: random_weight(e) for e in unit})
-        writer.commit()
-    return tmp_path / "a-onnx"
+    return write_random(tmp_path / "a-onnx", plan, onnx_format.layout(plan, tiny_assets))
 
 
-def refusal(build: Path) -> str:
-    with pytest.raises(ValidationError) as caught:
-        open_build(build)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert len(message) < 400
-    return message
+refusal = partial(refusal_of, open_build)
 
 
 def change(build: Path, edit: Edit) -> None:
