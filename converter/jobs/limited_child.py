@@ -183,7 +183,8 @@ def serve(answer: Callable[[Any], Any]) -> None:
     pipe = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="ascii")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     sys.stdout = sys.stderr = _Nowhere()
-    print("ready", file=pipe, flush=True)
+    pipe.write("ready\n")
+    pipe.flush()
     for line in sys.stdin.buffer:
         used = resource.getrusage(resource.RUSAGE_SELF)
         allowed = int(used.ru_utime + used.ru_stime) + 1 + seconds

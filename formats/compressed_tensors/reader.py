@@ -20,9 +20,9 @@ from lfmq.formats.huggingface.safetensors_file import (
     read_tensor,
     rows_of,
 )
-from lfmq.formats.huggingface.shards import read_build_tensors
+from lfmq.formats.huggingface.shards import read_build_tensors, refuse_others
 from lfmq.formats.plan import ModelConfig, Plan
-from lfmq.quant.errors import CheckpointError, ValidationError, quoted
+from lfmq.quant.errors import CheckpointError, ValidationError
 from lfmq.quant.types import Scheme
 
 _NAME = re.compile(r"model\.(?:layers\.(\d+)\.(?:.*\.experts\.(\d+)\.)?)?.*")
@@ -64,12 +64,7 @@ class CompressedTensorsReader:
                 expected |= self._check_entry(entry.name, entry.shape)
         except CheckpointError as error:
             raise ValidationError(str(error)) from error
-        for name, tensor in self._tensors.items():
-            if name not in expected:
-                raise ValidationError(
-                    f"{tensor.path}: has a tensor {quoted(name)} that the model does not have; "
-                    "it is of another model, write the build again"
-                )
+        refuse_others(self._tensors, expected)
 
     def _check_entry(self, name: str, shape: tuple[int, ...]) -> set[str]:
         """The names of a weight's tensors, which are as the config says."""

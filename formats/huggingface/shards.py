@@ -6,7 +6,7 @@ is read only where all of them find the same tensors.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 
 from lfmq.formats.huggingface.safetensors_file import StoredTensor, read_header
@@ -47,6 +47,20 @@ def read_build_tensors(folder: Path) -> dict[str, StoredTensor]:
             f"{index}: missing; the tensors are in several files, which engines find by it"
         )
     return found
+
+
+def refuse_others(found: Mapping[str, StoredTensor], expected: Set[str]) -> None:
+    """Refuse a tensor that the model does not have.
+
+    Raises:
+        ValidationError: the first one.
+    """
+    for name, tensor in found.items():
+        if name not in expected:
+            raise ValidationError(
+                f"{tensor.path}: has a tensor {quoted(name)} that the model does not have; "
+                "it is of another model, write the build again"
+            )
 
 
 def _check_index(index: Path, found: Mapping[str, StoredTensor]) -> None:

@@ -21,7 +21,7 @@ from lfmq.formats.huggingface.safetensors_file import (
     read_tensor,
     rows_of,
 )
-from lfmq.formats.huggingface.shards import read_build_tensors
+from lfmq.formats.huggingface.shards import read_build_tensors, refuse_others
 from lfmq.formats.mlx.names import module_path
 from lfmq.formats.plan import ModelConfig, Plan
 from lfmq.quant.errors import CheckpointError, ValidationError, quoted
@@ -73,12 +73,7 @@ class MlxReader:
             if module not in modules:
                 modules.add(module)
                 expected |= self._check_module(entry.name, entry.shape)
-        for name, tensor in self._tensors.items():
-            if name not in expected:
-                raise ValidationError(
-                    f"{tensor.path}: has a tensor {quoted(name)} that the model does not have; "
-                    "it is of another model, write the build again"
-                )
+        refuse_others(self._tensors, expected)
         for key in self._quantization:
             if key not in _FOR_ALL and key not in modules:
                 raise ValidationError(

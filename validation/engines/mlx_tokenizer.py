@@ -4,7 +4,6 @@
 detokenizer, which takes one blank away from the beginning of an answer.
 """
 
-from lfmq.quant.errors import ValidationError
 from lfmq.validation.engines.mlx import EXTRA as EXTRA
 from lfmq.validation.engines.mlx import NAME as NAME
 from lfmq.validation.engines.mlx import version as version
@@ -21,12 +20,4 @@ def tokenize(request: TokenizerRequest) -> TokenizerRun:
     """
     from mlx_lm.utils import load_tokenizer
 
-    try:
-        tokenizer = load_tokenizer(request.path)
-    except ImportError:
-        raise
-    except Exception as error:  # of any kind, from several libraries
-        raise ValidationError(
-            f"{request.path}: mlx-lm does not load its tokenizer ({error!r})"
-        ) from error
-    return answer(tokenizer, request)
+    return answer(NAME, load_tokenizer, request)

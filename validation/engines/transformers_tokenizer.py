@@ -1,6 +1,9 @@
 """The tokenizer and template of a folder build in transformers."""
 
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version as installed
+from pathlib import Path
 from typing import Any
 
 from lfmq.quant.errors import ValidationError
@@ -24,19 +27,30 @@ def tokenize(request: TokenizerRequest) -> TokenizerRun:
     """
     from transformers import AutoTokenizer
 
+    load = partial(AutoTokenizer.from_pretrained, local_files_only=True)
+    return answer(NAME, load, request)
+
+
+def answer(name: str, load: Callable[[Path], Any], request: TokenizerRequest) -> TokenizerRun:
+    """What a tokenizer of transformers' interface answers.
+
+    Args:
+        name: of the runtime, for errors.
+        load: makes the tokenizer of a folder.
+        request: the build, and what is asked.
+
+    Raises:
+        ImportError: the runtime is not installed.
+        ValidationError: it does not load the tokenizer.
+    """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(request.path, local_files_only=True)
+        tokenizer = load(request.path)
     except ImportError:
         raise
     except Exception as error:  # of any kind, from several libraries
         raise ValidationError(
-            f"{request.path}: transformers does not load its tokenizer ({error!r})"
+            f"{request.path}: {name} does not load its tokenizer ({error!r})"
         ) from error
-    return answer(tokenizer, request)
-
-
-def answer(tokenizer: Any, request: TokenizerRequest) -> TokenizerRun:
-    """What a tokenizer of transformers' interface answers."""
     return TokenizerRun(
         ids=[tokenizer.encode(text, add_special_tokens=False) for text in request.texts],
         framed=[tokenizer.encode(text) for text in request.texts],
